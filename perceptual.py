@@ -1,0 +1,83 @@
+"""Perceptual distance: VGG-16 features (Simonyan & Zisserman 2015) compared the way LPIPS does (Zhang et al. 2018, arXiv 1801.03924).
+
+Two images are close if a network that names things sees the same things at the same places. Images here are in [0, 1], (B, 3, H, W).
+"""
+import torch
+from torch import nn
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, which VGG weights expect
+
+
+class VGG(nn.Module):
+    """VGG's five stages of 3x3 convolutions and ReLUs, with a linear classifier on the spatial mean of the last.
+
+    The defaults are VGG-16's features, layer for layer as torchvision numbers them (`features.N`); a small one
+    (say width=16, convs=(1, 1, 2, 2, 2)) learns in a minute and serves as an offline stand-in.
+    """
+
+    def __init__(self, width=64, convs=(2, 2, 3, 3, 3), classes=10):
+        super().__init__()
+        self.config = dict(width=width, convs=tuple(convs), classes=classes)
+        layers, self.taps, c = [], [], 3                   # taps: the last ReLU of each stage
+        for stage, n in enumerate(convs):
+            if stage > 0:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(n):
+                c_out = width * min(2 ** stage, 8)
+                layers += [nn.Conv2d(c, c_out, 3, padding=1), nn.ReLU()]
+                nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
+                c = c_out
+            self.taps.append(len(layers) - 1)
+        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(c, classes)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def stages(self, x):
+        """The five feature maps of images in [0, 1], finest first: (B, c_l, H / 2**l, W / 2**l) for l = 0..4."""
+        maps, h = [], (x - self.mean) / self.std
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in self.taps:
+                maps.append(h)
+        return maps
+
+    def forward(self, x):
+        """Class scores (B, classes) of images in [0, 1]."""
+        return self.classifier(self.stages(x)[-1].mean((2, 3)))
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS (Zhang et al. 2018, Eq. 1) over a frozen VGG: distance(x, y) of images in [0, 1] is a (B,) tensor, 0 for equal images.
+
+    Each feature map is scaled to unit length over its channels; squared differences are weighted per channel, averaged over
+    positions and summed over the five stages. `weights`, five non-negative (c_l,) tensors, default to ones.
+    """
+
+    def __init__(self, vgg, weights=None):
+        super().__init__()
+        self.vgg = vgg.eval().requires_grad_(False)
+        channels = [vgg.features[tap - 1].out_channels for tap in vgg.taps]
+        self.weights = nn.ParameterList(weights or [torch.ones(c) for c in channels]).requires_grad_(False)
+        if [len(w) for w in self.weights] != channels or any((w < 0).any() for w in self.weights):
+            raise ValueError(f"need non-negative weights for {channels} channels, got {[len(w) for w in self.weights]}")
+
+    def embed(self, x):
+        """Features (B, D) whose squared Euclidean distance is the perceptual distance, so that a fixed target is embedded once."""
+        parts = []
+        for h, w in zip(self.vgg.stages(x), self.weights):
+            h = h / (h.square().sum(1, keepdim=True) + 1e-10).sqrt()      # 1e-10: a dead position has no gradient, not NaN
+            parts.append((h * (w / h[0, 0].numel()).sqrt().view(1, -1, 1, 1)).flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def forward(self, x, y):
+        return (self.embed(x) - self.embed(y)).square().sum(1)
+
+
+def load(path, device="cpu"):
+    """The perceptual distance over the VGG in a checkpoint of `train.py vgg`. Raises ValueError if the file is something else."""
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(checkpoint, dict) or not {"config", "weights"} <= set(checkpoint):
+        raise ValueError(f"{path}: not a VGG checkpoint, expected the keys config and weights")
+    vgg = VGG(**checkpoint["config"])
+    vgg.load_state_dict(checkpoint["weights"])
+    return PerceptualDistance(vgg).to(device)

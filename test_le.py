@@ -1,0 +1,468 @@
+"""Tests, usable as an autograder: each names the function and the property. The whole file takes about a minute on 2 cores.
+
+    python -m pytest                      all
+    python -m pytest -k q_sample          the tests of one function
+"""
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import attacks
+import le
+import perceptual
+import train
+import unet
+from attacks import EPSILON, crop_flip, error_minimizing, noise_step, publish, resample
+from le import RELEASED, Sampler, guidance, joint_conditioned_mean, purify
+from perceptual import VGG, PerceptualDistance
+from unet import ALPHA_BAR, BETA, EMA, T, UNet, ddpm_loss, levels, p_sample, posterior, predict_x0, q_sample, sample, sigma
+
+HERE = Path(__file__).parent
+CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
+TINY = dict(width=8, mults=(1, 2), blocks=1, attention=(), dropout=0.0, patch=2)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def awake(net):
+    """The network with every weight random: its zero-initialised convolutions would hide mistakes."""
+    for w in net.parameters():
+        torch.nn.init.normal_(w, std=w[0].numel() ** -0.5 if w.ndim > 1 else 0.1)
+    return net.eval().requires_grad_(False)
+
+
+def images(n, size=32):
+    """n random 8-bit images in [0, 1]."""
+    return torch.randint(0, 256, (n, 3, size, size)) / 255
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# unet.py: schedule
+
+def test_schedule_alpha_bar_is_the_running_product_and_starts_at_one():
+    assert ALPHA_BAR[0] == 1 and len(ALPHA_BAR) == T + 1
+    for t in (1, 2, 36, T):
+        assert math.isclose(ALPHA_BAR[t], math.prod(1 - b.item() for b in BETA[:t]), rel_tol=1e-12)
+
+
+def test_q_sample_matches_one_step_at_a_time():
+    # variance preserving: signal and noise of a chain of single steps add up to Eq. 4
+    signal, variance = 1.0, 0.0
+    for t in range(1, 37):
+        beta = BETA[t - 1].item()
+        signal, variance = signal * math.sqrt(1 - beta), variance * (1 - beta) + beta
+    one, zero = torch.ones(1, 3, 2, 2, dtype=torch.float64), torch.zeros(1, 3, 2, 2, dtype=torch.float64)
+    assert torch.allclose(q_sample(one, 36, zero), one * signal)
+    assert torch.allclose(q_sample(zero, 36, one), one * math.sqrt(variance))
+
+
+def test_q_sample_takes_one_level_per_image():
+    x0, eps = torch.randn(3, 3, 4, 4), torch.randn(3, 3, 4, 4)
+    mixed = q_sample(x0, torch.tensor([1, 36, 1000]), eps)
+    for i, t in enumerate((1, 36, 1000)):
+        assert torch.equal(mixed[i:i + 1], q_sample(x0[i:i + 1], t, eps[i:i + 1]))
+
+
+def test_predict_x0_inverts_q_sample():
+    x0, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for t in (1, 36, 500, T):
+        assert torch.allclose(predict_x0(q_sample(x0, t, eps), t, eps), x0)
+
+
+@pytest.mark.parametrize("t, s", [(36, 35), (36, 20), (1000, 999), (500, 1)])
+def test_posterior_is_the_product_of_gaussians(t, s):
+    # q(x_s | x_t, x_0) is proportional to q(x_t | x_s) q(x_s | x_0): precisions add, precision-weighted means add
+    x0, xt = 0.3, -0.7
+    alpha = (ALPHA_BAR[t] / ALPHA_BAR[s]).item()
+    prior_mean, prior_var = math.sqrt(ALPHA_BAR[s]) * x0, 1 - ALPHA_BAR[s].item()
+    like_mean, like_var = xt / math.sqrt(alpha), (1 - alpha) / alpha
+    var = 1 / (1 / prior_var + 1 / like_var)
+    mean = var * (prior_mean / prior_var + like_mean / like_var)
+    got_mean, got_var = posterior(*(torch.full((1, 1, 1, 1), v, dtype=torch.float64) for v in (x0, xt)), t, s)
+    assert math.isclose(got_mean, mean, rel_tol=1e-9) and math.isclose(got_var, var, rel_tol=1e-9)
+
+
+def test_posterior_at_level_zero_is_x0_without_variance():
+    x0, xt = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    mean, var = posterior(x0, xt, 5, 0)
+    assert torch.allclose(mean, x0, atol=1e-6) and var == 0
+
+
+def test_sigma_is_noise_to_signal_ratio():
+    assert math.isclose(sigma(36), math.sqrt((1 - ALPHA_BAR[36]) / ALPHA_BAR[36]), rel_tol=1e-9) and sigma(0) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# unet.py: network, loss, sampling
+
+def test_ddpm_loss_is_zero_for_the_true_noise_and_one_for_none():
+    x0, eps = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
+    t = torch.tensor([1, 5, 36, 900])
+    assert ddpm_loss(lambda xt, t: eps, x0, t, eps) == 0
+    assert torch.isclose(ddpm_loss(lambda xt, t: torch.zeros_like(xt), x0, t, eps), eps.square().mean())
+
+
+@pytest.mark.parametrize("config", [TINY, dict(width=32, mults=(1, 2, 2), blocks=2, attention=(8,), dropout=0.1, patch=1)])
+def test_unet_keeps_the_shape_and_reads_the_level(config):
+    net, x = awake(UNet(**config)), torch.randn(2, 3, 32, 48)
+    y = net(x, 5)
+    assert y.shape == x.shape
+    assert torch.equal(y, net(x, torch.tensor([5, 5])))
+    assert not torch.allclose(y, net(x, 50), atol=1e-3)
+
+
+def test_unet_paper_configuration_has_the_released_number_of_parameters():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet().parameters()) == 35_746_307
+
+
+def test_unet_is_fed_t_minus_one():
+    net, seen = UNet(**TINY), []
+    net.temb.dense[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    net(torch.randn(1, 3, 32, 32), 1)
+    assert torch.equal(seen[0][0], torch.tensor([0.0] * 4 + [1.0] * 4))  # sin 0 and cos 0: released checkpoints call the first level 0
+
+
+def test_unet_names_the_sizes_it_takes():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        UNet(**TINY)(torch.randn(1, 3, 30, 32), 1)
+
+
+def test_EMA_weighs_the_past_by_its_decay_after_the_ramp():
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(net, 0.5)
+    ema.updates = 1000                                     # past the ramp
+    before = net.weight.item()
+    net.weight.data.fill_(3.0)
+    ema.update(net)
+    ema.update(net)
+    assert math.isclose(ema.weights["weight"].item(), 0.25 * before + 0.75 * 3.0, rel_tol=1e-6)
+
+
+def test_levels_go_down_from_t_star_to_zero():
+    assert levels(36, 36) == list(range(36, -1, -1))
+    assert levels(36, 4) == [36, 27, 18, 9, 0]
+    for t_star, steps in ((36, 37), (36, 0), (T + 1, 5)):
+        with pytest.raises(ValueError, match="steps"):
+            levels(t_star, steps)
+
+
+def test_sample_strided_over_all_levels_is_ancestral_sampling():
+    net, xT = awake(UNet(**TINY)).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.manual_seed(1)
+    strided = sample(net, xT, steps=12, t_star=12)
+    torch.manual_seed(1)
+    x = xT
+    for t in range(12, 0, -1):                             # Ho et al. 2020, Algorithm 2, in its own letters
+        beta, a, a_before = BETA[t - 1].item(), ALPHA_BAR[t].item(), ALPHA_BAR[t - 1].item()
+        x0 = ((x - math.sqrt(1 - a) * net(x, t)) / math.sqrt(a)).clamp(-1, 1)
+        mean = math.sqrt(a_before) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * (1 - a_before) / (1 - a) * x
+        x = mean + math.sqrt((1 - a_before) / (1 - a) * beta) * torch.randn_like(x)
+    assert torch.allclose(strided, x, atol=1e-5)
+
+
+def test_p_sample_to_level_zero_is_the_clipped_prediction():
+    net, xt = awake(UNet(**TINY)), torch.randn(2, 3, 32, 32)
+    x0 = predict_x0(xt, 3, net(xt, 3)).clamp(-1, 1)
+    assert torch.allclose(p_sample(net, xt, 3, 0, torch.randn_like(xt)), x0, atol=1e-6)
+
+
+def test_save_load_unet_round_trip_and_refusal(tmp_path):
+    net, x = awake(UNet(**TINY)), torch.randn(1, 3, 32, 32)
+    unet.save(tmp_path / "u.pt", dict(config=net.config, weights=net.state_dict()))
+    assert torch.equal(unet.load(tmp_path / "u.pt")(x, 7), net(x, 7))
+    torch.save({"something": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt"):
+        unet.load(tmp_path / "other.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# perceptual.py
+
+def small_distance(**kwargs):
+    return PerceptualDistance(awake(VGG(width=4, convs=(1, 1, 1, 1, 1))), **kwargs)
+
+
+def test_VGG_defaults_are_the_released_layers():
+    with torch.device("meta"):
+        vgg = VGG()
+    convolutions = [i for i, layer in enumerate(vgg.features) if isinstance(layer, torch.nn.Conv2d)]
+    assert convolutions == [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # torchvision's features.N
+    assert sum(p.numel() for p in vgg.features.parameters()) == 14_714_688
+    assert vgg.taps == [3, 8, 15, 22, 29]                  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3, as in LPIPS
+
+
+def test_VGG_stages_halve_the_resolution():
+    maps = VGG(width=4, convs=(1, 1, 1, 1, 1)).stages(images(2))
+    assert [tuple(m.shape) for m in maps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8), (2, 32, 4, 4), (2, 32, 2, 2)]
+
+
+def test_PerceptualDistance_is_zero_on_equal_images_symmetric_and_per_image():
+    distance, x, y = small_distance(), images(3), images(3)
+    assert torch.equal(distance(x, x), torch.zeros(3))
+    assert torch.allclose(distance(x, y), distance(y, x)) and (distance(x, y) > 0).all()
+    assert torch.allclose(distance(x, y)[1:2], distance(x[1:2], y[1:2]), atol=1e-6)
+
+
+def test_PerceptualDistance_by_hand():
+    # features stubbed: one map of two channels on two positions, the others empty of difference
+    class Stub(torch.nn.Module):
+        taps, features = [1], [torch.nn.Conv2d(3, 2, 1)]
+
+        def stages(self, x):
+            return [x[:, :2]]
+    x = torch.tensor([[[[3.0, 0.0]], [[4.0, 1.0]], [[0.0, 0.0]]]])   # channel vectors (3, 4) and (0, 1)
+    y = torch.tensor([[[[5.0, 2.0]], [[0.0, 0.0]], [[0.0, 0.0]]]])   # channel vectors (5, 0) and (2, 0)
+    # unit length: (.6, .8) (0, 1) against (1, 0) (1, 0); squared differences (.16, .64) and (1, 1); weights 2 and 3, mean of two positions
+    expected = ((2 * 0.16 + 3 * 0.64) + (2 * 1 + 3 * 1)) / 2
+    got = PerceptualDistance(Stub(), weights=[torch.tensor([2.0, 3.0])])(x, y)
+    assert math.isclose(got.item(), expected, rel_tol=1e-5)
+
+
+def test_PerceptualDistance_gradient_by_finite_differences():
+    distance = small_distance().double()
+    x, y = images(1).double().requires_grad_(), images(1).double()
+    gradient, = torch.autograd.grad(distance(x, y).sum(), x)
+    direction, h = torch.randn_like(x), 1e-6
+    with torch.no_grad():
+        slope = (distance(x + h * direction, y) - distance(x - h * direction, y)) / (2 * h)
+    assert math.isclose(slope.item(), (gradient * direction).sum().item(), rel_tol=1e-3)
+
+
+def test_PerceptualDistance_refuses_weights_that_do_not_fit():
+    with pytest.raises(ValueError, match="weights"):
+        small_distance(weights=[torch.ones(3)] * 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attacks.py
+
+def test_resample_applies_row_and_column_matrices():
+    x = torch.randn(2, 3, 4, 5)
+    identity = resample(x, torch.eye(4).expand(2, 4, 4), torch.eye(5).expand(2, 5, 5))
+    assert torch.equal(identity, x)
+    assert torch.allclose(resample(x, torch.ones(2, 1, 4), torch.ones(2, 1, 5)), x.sum((2, 3), keepdim=True), atol=1e-5)
+
+
+def test_crop_flip_is_a_shifted_window_of_the_padded_image():
+    x = images(64, 8)
+    views = crop_flip(x, torch.Generator().manual_seed(0), pad=2)
+    windows, shifts = F.pad(x, (2, 2, 2, 2)), set()
+    for i in range(64):
+        match = [(dy, dx, flip) for dy in range(5) for dx in range(5) for flip in (False, True)
+                 if torch.equal(views[i], (w := windows[i, :, dy:dy + 8, dx:dx + 8]).flip(2) if flip else windows[i, :, dy:dy + 8, dx:dx + 8])]
+        assert len(match) == 1
+        shifts.add(match[0])
+    assert len(shifts) > 25                                # of 50: crops and flips vary from image to image
+
+
+def test_crop_flip_gradient_goes_back_to_the_pixels_in_view():
+    x = images(4, 8).requires_grad_()
+    ones, = torch.autograd.grad(crop_flip(x, torch.Generator().manual_seed(0)).sum(), x)
+    assert set(ones.unique().tolist()) == {0.0, 1.0}       # each pixel is seen once or is outside the crop
+
+
+def test_publish_rounds_to_8_bits_within_epsilon():
+    x = images(4)
+    ue = publish(x, (torch.rand_like(x) * 2 - 1) * EPSILON)
+    assert torch.equal((ue * 255).round() / 255, ue) and 0 <= ue.min() and ue.max() <= 1
+    assert (ue - x).abs().max() <= EPSILON + 1e-6
+
+
+def surrogate():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 3))
+
+
+def test_noise_step_descends_along_the_sign_of_the_summed_gradient():
+    model, x, y, rows = surrogate(), 0.2 + 0.6 * images(6, 8), torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 1, 0, 0, 1, 1])
+    delta, velocity = torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8, 8)
+    # cross-entropy of a linear model has the gradient W^T (softmax - onehot); nobody wears row 2
+    gradient = ((model(x).softmax(1) - F.one_hot(y, 3)) @ model[1].weight).view_as(x)
+    expected = -EPSILON / 10 * torch.stack([gradient[rows == r].sum(0).sign() for r in range(3)])
+    noise_step(model, x, y, delta, rows, velocity, EPSILON / 10, EPSILON, 0.0, lambda view: view)
+    assert torch.allclose(delta, expected, atol=1e-7) and delta[:2].all() and not delta[2].any()
+
+
+@pytest.mark.parametrize("class_wise", [True, False])
+def test_error_minimizing_lowers_the_loss_within_epsilon(class_wise):
+    x, y = 0.2 + 0.6 * images(60, 8), torch.arange(60) % 3
+    rows = y if class_wise else torch.arange(60)
+    model, start = surrogate(), torch.zeros(3 if class_wise else 60, 3, 8, 8)
+    delta, history = error_minimizing(model, x, y, rows, start, rounds=6, batch_size=20, noise_steps=3, momentum=0.5, generator=torch.Generator().manual_seed(0))
+    assert delta.shape == start.shape and not start.any()  # the start is not changed
+    assert 0.9 * EPSILON < delta.abs().max() <= EPSILON + 1e-7 and delta.min() < 0 < delta.max()
+    assert F.cross_entropy(model(x + delta[rows]), y) < 0.5 * F.cross_entropy(model(x), y)
+    assert len(history) <= 6 and all(h < 0.99 for h in history[:-1])
+    if class_wise:
+        published = publish(x, delta[y]) - x
+        assert torch.allclose(published[y == 1], published[1].expand(20, -1, -1, -1), atol=1 / 255)
+
+
+def test_error_minimizing_freezes_the_weights_during_the_noise_step(monkeypatch):
+    seen, original = [], attacks.noise_step
+
+    def spy(model, *args):
+        before = [w.clone() for w in model.state_dict().values()]
+        original(model, *args)
+        seen.append(not model.training and all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
+                    and not any(w.requires_grad or w.grad is not None and w.grad_fn for w in model.parameters()))
+    monkeypatch.setattr(attacks, "noise_step", spy)
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), surrogate())
+    error_minimizing(model, images(20, 8), torch.arange(20) % 3, torch.arange(20), torch.zeros(20, 3, 8, 8), rounds=2, batch_size=10, stop_accuracy=2)
+    assert seen == [True] * 4 and all(w.requires_grad for w in model.parameters())
+
+
+def test_error_minimizing_stops_at_the_accuracy_asked_for():
+    args = surrogate(), images(20, 8), torch.zeros(20, dtype=torch.long), torch.zeros(20, dtype=torch.long), torch.zeros(1, 3, 8, 8)
+    assert len(error_minimizing(*args, rounds=50, stop_accuracy=0.9)[1]) < 50
+    assert len(error_minimizing(*args, rounds=3, stop_accuracy=1.1)[1]) == 3
+
+
+def test_error_minimizing_refuses_a_start_beyond_epsilon_and_rows_that_do_not_fit():
+    x, y = images(4, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="epsilon"):
+        error_minimizing(surrogate(), x, y, y, torch.ones(1, 3, 8, 8), rounds=1)
+    with pytest.raises(ValueError, match="rows"):
+        error_minimizing(surrogate(), x, y, y + 1, torch.zeros(1, 3, 8, 8), rounds=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# le.py
+
+@pytest.fixture(scope="module")
+def nets():
+    torch.manual_seed(0)
+    return awake(UNet(**TINY)), small_distance()
+
+
+JOINT = Sampler(t_star=12, rounds=2, steps=3, pixel=1e4, perceptual=10.0, switch=6)
+
+
+def test_guidance_pixel_is_the_gradient_of_the_mean_squared_difference():
+    x, y = torch.randn(2, 3, 8, 8, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected, = torch.autograd.grad(7 * (x - y).square().mean((1, 2, 3)).sum(), x)
+    got = guidance(x.detach(), y, 20, None, None, Sampler(pixel=7.0, switch=10))
+    assert torch.allclose(got, expected)
+
+
+def test_guidance_perceptual_is_the_gradient_of_the_distance(nets):
+    distance = nets[1]
+    x, y = (images(2) * 2 - 1).requires_grad_(), images(2) * 2 - 1
+    expected, = torch.autograd.grad(7 * distance(x / 2 + 0.5, y / 2 + 0.5).sum(), x)
+    got = guidance(x.detach(), y, 10, distance, lambda: distance.embed(y / 2 + 0.5), Sampler(perceptual=7.0, switch=10))
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_guidance_switch_and_both_at_once(nets):
+    x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    embed = lambda: nets[1].embed(y / 2 + 0.5)
+    at = lambda t, **weights: guidance(x, y, t, nets[1], embed, replace(JOINT, **weights))
+    pixel, perceptual_ = at(7, perceptual=0.0), at(6, pixel=0.0)
+    assert torch.equal(at(7), pixel) and torch.equal(at(6), perceptual_)
+    assert torch.allclose(at(7, switch=None), pixel + perceptual_)
+
+
+def test_joint_conditioned_mean_is_the_mean_of_the_tilted_gaussian():
+    # N(mean, var) tilted by exp(-s gradient . x) has mean - var s gradient and the same variance
+    mean, var, t, g = 0.3, 0.02, 36, 1.7
+    s = math.sqrt((1 - ALPHA_BAR[t]) / ALPHA_BAR[t])
+    x = torch.linspace(-3, 3, 200001, dtype=torch.float64)
+    density = torch.exp(-(x - mean) ** 2 / (2 * var) - s * g * x)
+    assert math.isclose((density * x).sum() / density.sum(), joint_conditioned_mean(mean, var, t, g), abs_tol=1e-6)
+
+
+def test_purify_is_8_bit_and_leaves_its_input_alone(nets):
+    x = images(2)
+    before = x.clone()
+    y = purify(*nets, x, JOINT)
+    assert torch.equal(x, before) and y.shape == x.shape
+    assert torch.allclose((y * 255).round(), y * 255, atol=1e-4) and 0 <= y.min() and y.max() <= 1
+
+
+@pytest.mark.parametrize("target", ["x0", "same", "fresh"])
+def test_purify_does_not_depend_on_batch_size(nets, target):
+    x, sampler = images(8), replace(JOINT, target=target)
+    whole = purify(*nets, x, sampler, batch_size=8)
+    for size in (1, 3):
+        other = purify(*nets, x, sampler, batch_size=size)
+        assert (other - whole).abs().max() < 1.5 / 255 and (other != whole).float().mean() < 1e-3  # a rounding may go either way
+
+
+def test_purify_draws_by_seed_and_position(nets):
+    x = images(1).repeat(2, 1, 1, 1)
+    y = purify(*nets, x, JOINT, seed=0)
+    assert not torch.equal(y[0], y[1])
+    assert torch.equal(y, purify(*nets, x, JOINT, seed=0)) and not torch.equal(y, purify(*nets, x, JOINT, seed=1))
+
+
+def test_purify_does_not_depend_on_threads(nets):
+    x, threads = images(4), torch.get_num_threads()
+    y = purify(*nets, x, JOINT)
+    try:
+        torch.set_num_threads(1)
+        assert (purify(*nets, x, JOINT) - y).abs().max() < 1.5 / 255
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_purify_with_zero_weights_is_unguided(nets):
+    x, unguided = images(2), replace(JOINT, pixel=0.0, perceptual=0.0)
+    y = purify(nets[0], None, x, unguided)
+    torch.manual_seed(0)
+    for i in range(2):                                     # DiffPure: diffuse, then p_sample down; twice
+        g = torch.Generator().manual_seed(i)
+        draw = lambda: torch.randn(3, 32, 32, generator=g)[None]
+        z = x[i:i + 1] * 2 - 1
+        for _ in range(2):
+            z = q_sample(z, 12, draw())
+            for t, s in ((12, 8), (8, 4), (4, 0)):
+                z = p_sample(nets[0], z, t, s, draw())
+        assert ((z / 2 + 0.5).clamp(0, 1) - y[i:i + 1]).abs().max() < 1 / 255
+
+
+def test_purify_guidance_pulls_towards_the_UE(nets):
+    x, free = images(4), replace(JOINT, pixel=0.0, perceptual=0.0)
+    distance = lambda y: nets[1](x, y).sum()
+    y = purify(*nets, x, free)
+    assert (purify(*nets, x, replace(free, pixel=3e5, switch=0)) - x).square().mean() < (y - x).square().mean()
+    assert distance(purify(*nets, x, replace(free, perceptual=3e3, switch=12))) < distance(y)
+
+
+def test_purify_computes_only_the_gradient_in_use(nets, monkeypatch):
+    calls, embed = [], nets[1].embed
+    monkeypatch.setattr(nets[1], "embed", lambda x: calls.append(len(x)) or embed(x))
+    purify(*nets, images(1), replace(JOINT, rounds=1, t_star=12, steps=3, switch=6))
+    assert len(calls) == 2                                 # of the UE, and of the prediction at level 4; levels 12 and 8 use pixels
+
+
+def test_RELEASED_preset_pull_matches_the_release():
+    # DESIGN: about 1.6e-4 of the pixel difference a step, with batch means over 500
+    t = 20
+    var = posterior(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), t, t - 1)[1].item()
+    pull = var * sigma(t) * RELEASED.pixel * 2 / 3072
+    assert 1e-4 < pull < 2e-4
+
+
+def test_Sampler_and_purify_refuse_what_they_cannot_do(nets):
+    for wrong in (dict(steps=50), dict(target="xt"), dict(rounds=0), dict(pixel=-1.0)):
+        with pytest.raises(ValueError):
+            Sampler(**wrong)
+    with pytest.raises(ValueError, match="0, 1"):
+        purify(*nets, images(1) * 255, JOINT)

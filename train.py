@@ -1,0 +1,661 @@
+"""The whole experiment: protect images, break the protection with learnable examples, and see what a victim learns from each.
+
+    python train.py                        everything, on built-in images (shapes); ends with a table and runs/shapes/figure.png
+    python train.py ddpm                   one stage and what it needs: ddpm, vgg, protect, purify, victim
+    python train.py --data cifar10 --root cifar-10-binary.tar.gz
+    python train.py --data DIR             your own folder of class folders with PNG or JPEG images
+
+Every stage keeps its result in runs/<data>/ and is redone only when its settings, its input or its code changed.
+"""
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import math
+import os
+import sys
+import tarfile
+import textwrap
+import time
+import urllib.request
+import zlib
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+
+import attacks
+import le
+import perceptual
+import unet
+from attacks import crop_flip, error_minimizing, publish
+from unet import EMA, UNet, ddpm_loss, save
+
+
+@dataclass
+class Config:
+    data: str = "shapes"              # shapes, cifar10, or a folder of class folders
+    root: str = "runs/cifar-10-binary.tar.gz"  # cifar10: the official archive, or the folder it unpacks to
+    out: str = ""                     # where results are kept; runs/<data> if empty
+    seed: int = 0
+    evaluate: str = "test"            # the clean images that accuracy is measured on: test, or validation while tuning
+    # images in each of the disjoint sets (a folder is divided in these proportions)
+    protected: int = 4096             # the owner's, published only as unlearnable examples
+    unprotected: int = 4096           # the unauthorized user's own
+    validation: int = 1000
+    test: int = 2000
+    size: int = 32                    # a folder's images are cropped to squares and resized to size x size
+    # victim classifier (and the owner's surrogate)
+    victim_widths: str = "16,24,48,96"  # channels of the stem and of each level of the ResNet
+    victim_blocks: int = 1            # residual blocks a level
+    victim_strides: str = "2,2,2"     # of each level
+    victim_epochs: int = 12
+    victim_batch: int = 128
+    victim_lr: float = 0.1
+    # protection
+    epsilon: float = 8 / 255          # largest change of a channel
+    em_class_rounds: int = 12         # rounds at most of class-wise noise, of 10 training and 10 noise batches
+    em_sample_rounds: int = 8         # rounds at most of sample-wise noise, of 10 training batches and all images
+    em_sample_steps: int = 2          # noise steps on each image a round
+    # diffusion model
+    unet_width: int = 32
+    unet_mults: str = "1,2"
+    unet_blocks: int = 1
+    unet_attention: str = ""          # resolutions with self-attention
+    unet_dropout: float = 0.0
+    unet_patch: int = 2
+    unet_levels: int = 64             # noise levels 1..unet_levels are trained: those that purification visits
+    unet_steps: int = 3000
+    unet_batch: int = 32
+    unet_lr: float = 2e-3
+    unet_ema: float = 0.999
+    # perceptual distance
+    vgg_width: int = 16
+    vgg_convs: str = "1,1,2,2,2"      # convolutions in each of the five stages
+    vgg_epochs: int = 12
+    vgg_lr: float = 0.02
+
+
+# What differs from the defaults above
+PRESETS = {
+    "cifar10": dict(protected=7000, unprotected=4500, validation=500, test=2400),
+}
+
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down several times
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used; main prints it in one line and exits with 2."""
+
+
+def numbers(text):
+    """"1,2,2" -> (1, 2, 2)"""
+    return tuple(int(n) for n in text.split(",") if n)
+
+
+def batch_of(images):
+    """Float images on the device, laid out the way convolutions like them."""
+    return images.to(DEVICE, memory_format=torch.channels_last)
+
+
+def as_bytes(images):
+    return images.mul(255).round().clamp(0, 255).byte()
+
+
+def as_float(images):
+    return images.float().div(255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: shapes. Four copies of one shape, each in its own colour, place, size and turn: the class is the only thing they share.
+# The ground is smooth and the sensor quiet, so that a protection is easier to see than the shape, as it must be to protect.
+
+SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "bars", "nut")
+
+
+def polygon(p, sides, notch=1.0):
+    """Signed distance to a regular polygon with corners at radius 1, or to the star with the middle of each side pulled in by `notch`."""
+    wedge = math.pi / sides                                # fold the plane into half a sector, corner straight ahead
+    angle = torch.atan2(p[..., 0], p[..., 1])
+    angle = ((angle + wedge) % (2 * wedge) - wedge).abs()
+    x, y, r = p.norm(dim=-1) * angle.sin(), p.norm(dim=-1) * angle.cos(), math.cos(wedge) * notch
+    nx, ny = 1 - r * math.cos(wedge), r * math.sin(wedge)  # normal of the edge from (0, 1) to (r sin, r cos)
+    return (nx * x + ny * (y - 1)) / math.hypot(nx, ny)
+
+
+def signed_distance(shape, p):
+    """Distance of the points p (..., 2) to the outline of a shape of radius about 1, negative inside."""
+    x, y = p.abs().unbind(-1)
+    r, box = p.norm(dim=-1), torch.maximum(x, y)
+    return {"disc": lambda: r - 0.9,
+            "ring": lambda: (r - 0.72).abs() - 0.22,
+            "square": lambda: box - 0.8,
+            "frame": lambda: (box - 0.68).abs() - 0.2,
+            "triangle": lambda: polygon(p, 3),
+            "cross": lambda: torch.maximum(box - 0.95, torch.minimum(x, y) - 0.27),
+            "star": lambda: polygon(p / 1.1, 5, notch=0.5),
+            "crescent": lambda: torch.maximum(r - 0.95, 0.72 - (p - torch.tensor([0.45, 0.0])).norm(dim=-1)),
+            "bars": lambda: torch.maximum(y - 0.85, (x - 0.55).abs() - 0.22),
+            "nut": lambda: torch.maximum(polygon(p, 6), 0.5 - r)}[shape]()
+
+
+def shapes(n, seed, size=32, contrast=(0.25, 0.5), texture=(0.03, 0.1), sensor=0.008):
+    """n images (n, 3, size, size) in [0, 1], 8-bit, and labels (n,) that go round the ten SHAPES; made from the seed alone."""
+    g = torch.Generator().manual_seed(seed)
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
+    labels = torch.arange(n) % len(SHAPES)
+    axis = torch.arange(size) + 0.5
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
+    images = uniform(0.25, 0.75, 3, 1, 1).repeat(1, 1, size, size)
+    for scale in (4, 8, 16):                               # the ground's texture
+        coarse = torch.randn(n, 3, size // scale + 1, size // scale + 1, generator=g)
+        images += uniform(*texture, 1, 1, 1) / 3 ** 0.5 * F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    ground = images.mean((2, 3), keepdim=True)
+    for row in (0.25, 0.75):
+        for column in (0.25, 0.75):
+            centre = torch.tensor([column, row]) * size + uniform(-0.05, 0.05, 2) * size
+            radius, turn, aspect = uniform(0.16, 0.225) * size, uniform(0, 2 * math.pi), uniform(-0.2, 0.2).exp()
+            rotation = torch.stack([turn.cos(), turn.sin(), -turn.sin(), turn.cos()], -1).view(n, 2, 2)
+            p = ((grid - centre[:, None, None]).flatten(1, 2) @ rotation.mT).view(n, size, size, 2) / radius.view(n, 1, 1, 1)
+            p = p * torch.stack([aspect, 1 / aspect], -1)[:, None, None]
+            colour = F.normalize(torch.randn(n, 3, 1, 1, generator=g), dim=1) * 3 ** 0.5 * uniform(*contrast, 1, 1, 1)
+            colour = torch.where((ground + colour - 0.5).abs() > 0.5, -colour, colour)  # away from black and white
+            for k, shape in enumerate(SHAPES):
+                own = labels == k                          # anti-aliased: a pixel's cover falls from 1 to 0 across the outline
+                cover = (0.5 - signed_distance(shape, p[own]) * radius[own].view(-1, 1, 1)).clamp(0, 1)
+                images[own] += cover[:, None] * colour[own]
+    sun = uniform(0, 2 * math.pi, 1, 1)
+    light = 1 + 0.2 * ((grid[..., 0] / size - 0.5) * sun.cos() + (grid[..., 1] / size - 0.5) * sun.sin())
+    images = images * light[:, None] + sensor * torch.randn(images.shape, generator=g)
+    return as_float(as_bytes(images)), labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: CIFAR-10 in its official binary layout, and folders
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def download(url, sha256, path):
+    """Fetch url to path, keeping nothing if the hash is wrong."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, report = path.with_name(path.name + ".part"), Progress("download")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as source, open(partial, "wb") as target:
+            total = int(source.headers.get("Content-Length", 0))
+            while block := source.read(1 << 20):
+                target.write(block)
+                report(target.tell(), max(total, target.tell()))
+        if hashlib.sha256(partial.read_bytes()).hexdigest() != sha256:
+            raise BadInput(f"{url}: sha256 is not {sha256}, nothing kept")
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"{url}: {error}; fetch it elsewhere and put it at {path}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def cifar10(root):
+    """Training images (N, 3, 32, 32) in [0, 1] and labels (N,), and the same of the test batch.
+
+    root is the official cifar-10-binary.tar.gz or the folder it unpacks to. A record is a label byte and three 32x32 planes.
+    Nothing is unpacked to disk. Raises BadInput if files are missing, truncated or hold a label above 9.
+    """
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    root, files = Path(root), {}
+    if root.is_dir():
+        files = {name: path.read_bytes() for name in names for path in (root / name, root / "cifar-10-batches-bin" / name) if path.is_file()}
+    elif root.is_file():
+        try:
+            with tarfile.open(root) as archive:
+                files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile() and Path(m.name).name in names}
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise BadInput(f"{root}: not a whole tar archive ({error}); expected cifar-10-binary.tar.gz") from None
+    else:
+        raise BadInput(f"{root}: no such file; put {CIFAR10_URL} there, or name it with --root, or add --download")
+    batches = []
+    for name in names:
+        if name not in files:
+            raise BadInput(f"{root}: {name} is missing; expected the CIFAR-10 binary version, {', '.join(names)}")
+        if not files[name] or len(files[name]) % 3073:
+            raise BadInput(f"{root}: {name} has {len(files[name])} bytes; expected records of 3073")
+        batches.append(torch.frombuffer(bytearray(files[name]), dtype=torch.uint8).view(-1, 3073))
+        if batches[-1][:, 0].max() > 9:
+            raise BadInput(f"{root}: {name} has the label {batches[-1][:, 0].max()}; expected 0 to 9")
+    split = lambda records: (as_float(records[:, 1:].reshape(-1, 3, 32, 32)), records[:, 0].long())
+    return split(torch.cat(batches[:5])), split(batches[5])
+
+
+def folder(root, size):
+    """Images (N, 3, size, size) in [0, 1], labels (N,) and class names of a folder of class folders with PNG or JPEG images.
+
+    Every image is cropped to its central square and resized. Raises BadInput if there are fewer than two classes or a file cannot be read.
+    """
+    classes = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(classes) < 2:
+        raise BadInput(f"{root}: {len(classes)} class folders; expected at least two, with PNG or JPEG images in each")
+    images, labels = [], []
+    for label, path in enumerate(classes):
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if len(files) < 4:
+            raise BadInput(f"{path}: {len(files)} images; expected PNG or JPEG images, at least one for each of the four sets")
+        for file in files:
+            try:
+                with Image.open(file) as image:
+                    side, image = min(image.size), image.convert("RGB")
+                    left, top = (image.width - side) // 2, (image.height - side) // 2
+                    image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise BadInput(f"{file}: not a readable image ({error})") from None
+            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            labels.append(label)
+    return as_float(torch.stack(images)), torch.tensor(labels), [path.name for path in classes]
+
+
+def split_data(config):
+    """The four disjoint sets {"protected" | "unprotected" | "validation" | "test": (images, labels)} and the class names."""
+    counts = {name: getattr(config, name) for name in ("protected", "unprotected", "validation", "test")}
+    if min(counts.values()) < 1:
+        raise BadInput(f"--{min(counts, key=counts.get)}: expected at least 1 image in each of the four sets")
+    test = None
+    if config.data == "shapes":
+        images, labels = shapes(sum(counts.values()), config.seed, config.size)
+        classes = SHAPES
+        order = torch.arange(len(images))                  # independent already, and every set has the classes in equal parts
+    elif config.data == "cifar10":
+        (images, labels), test = cifar10(config.root)
+        classes = CIFAR10_CLASSES
+        test = tuple(part[:counts.pop("test")] for part in test)
+    elif Path(config.data).is_dir():
+        images, labels, classes = folder(config.data, config.size)
+        total = sum(counts.values())
+        counts = {name: max(1, n * len(images) // total) for name, n in counts.items()}
+    else:
+        raise BadInput(f"--data {config.data}: expected shapes, cifar10 or an existing folder")
+    if config.data != "shapes":
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+    if sum(counts.values()) > len(images):
+        raise BadInput(f"{config.data}: {len(images)} images for {' + '.join(f'{n} {name}' for name, n in counts.items())}; ask for fewer")
+    parts = dict(zip(counts, order.split(list(counts.values()) + [len(order) - sum(counts.values())])))
+    sets = {name: (images[part], labels[part]) for name, part in parts.items()}
+    return (sets if test is None else sets | {"test": test}), classes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The victim classifier
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016). (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.shortcut = nn.Identity()
+        if stride > 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Residual network with the CIFAR stem: images in [0, 1] (B, 3, H, W) -> class scores (B, classes).
+
+    widths are the channels of the stem and of each level; ResNet-18 is widths (64, 64, 128, 256, 512), blocks 2, strides (1, 2, 2, 2).
+    """
+
+    def __init__(self, widths, blocks, strides, classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        levels = [BasicBlock(c_in if j == 0 else c_out, c_out, stride if j == 0 else 1)
+                  for c_in, c_out, stride in zip(widths, widths[1:], strides, strict=True) for j in range(blocks)]
+        self.levels, self.head = nn.Sequential(*levels), nn.Linear(widths[-1], classes)
+
+    def features(self, x):
+        """What the classifier's last layer sees: (B, widths[-1])."""
+        return self.levels(self.stem((x - 0.5) / 0.25)).mean((2, 3))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def train_classifier(model, images, labels, *, epochs, lr, batch_size, seed, report):
+    """Train in place with SGD (Nesterov momentum 0.9, weight decay 5e-4), one learning-rate cycle, crop and flip."""
+    g = torch.Generator().manual_seed(seed)
+    steps = epochs * math.ceil(len(images) / batch_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    model.train()
+    for epoch in range(epochs):
+        for b in torch.randperm(len(images), generator=g).split(batch_size):
+            loss = F.cross_entropy(model(batch_of(crop_flip(images[b], g))), labels[b].to(DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        report(epoch + 1, epochs, loss=loss.item())
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model, images, labels):
+    """Percentage of the images that the model, in evaluation mode, classifies right."""
+    right = sum((model(batch_of(x)).argmax(1).cpu() == y).sum().item() for x, y in zip(images.split(500), labels.split(500)))
+    return 100 * right / len(images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The diffusion model
+
+def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, report, partial):
+    """Train in place by Ho et al. 2020, Algorithm 1, on noise levels 1..levels; returns the EMA of the weights (a state dict).
+
+    Every step draws from its own seed, so a run resumed from `partial` (a file written twice a minute) ends where an uninterrupted
+    one does. The learning rate warms up over 100 steps and falls to zero along a half cosine.
+    """
+    optimizer, ema, start = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99)), EMA(net, ema_decay), 0
+    if partial.exists():
+        saved = torch.load(partial, map_location=DEVICE, weights_only=True)
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        ema.weights, ema.updates, start = saved["ema"], saved["step"], saved["step"]
+    net.train()
+    written = time.time()
+    for step in range(start, steps):
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+        x0 = images[torch.randint(len(images), (batch_size,), generator=g)] * 2 - 1
+        x0 = torch.where(torch.rand(batch_size, 1, 1, 1, generator=g) < 0.5, x0.flip(3), x0)
+        t = torch.randint(1, levels + 1, (batch_size,), generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        loss = ddpm_loss(net, batch_of(x0), t.to(DEVICE), batch_of(eps))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(net)
+        if step % 10 == 9:
+            report(step + 1, steps, loss=loss.item())
+        if time.time() - written > 30:
+            save(partial, dict(step=step + 1, net=net.state_dict(), ema=ema.weights, optimizer=optimizer.state_dict()))
+            written = time.time()
+    return ema.weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+class Progress:
+    """report(done, total, **values): one line on stderr that rewrites itself, with the time left; off a terminal, a line every 20 s."""
+
+    def __init__(self, label):
+        self.label, self.start, self.first, self.shown, self.live = label, time.time(), None, 0.0, sys.stderr.isatty()
+
+    def __call__(self, done, total, **values):
+        now = time.time()
+        self.first = self.first or (done, now)             # a resumed run does not start at 0
+        if done < total and now - self.shown < (0.2 if self.live else 20):
+            return
+        self.shown = now
+        text = f"{self.label}: {done}/{total}" + "".join(f", {name} {value:.3g}" for name, value in values.items())
+        if done == total:
+            text += f", took {now - self.start:.0f} s"
+        elif done > self.first[0]:
+            text += f", {(now - self.first[1]) * (total - done) / (done - self.first[0]):.0f} s left"
+        print(f"\r{text:<78}" if self.live else text, end="\n" if done == total or not self.live else "", file=sys.stderr, flush=True)
+
+
+def digest(*things):
+    """A hash of tensors, of plain values, and of code: modules and functions count by what they do, not by their comments."""
+    sha = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, torch.Tensor):
+            sha.update(f"{thing.shape}{thing.dtype}".encode())
+            sha.update(thing.cpu().contiguous().numpy())
+        elif isinstance(thing, dict):
+            sha.update(digest(*thing.keys(), *thing.values()).encode())
+        elif isinstance(thing, (list, tuple)):
+            sha.update(f"{len(thing)}{digest(*thing) if thing else ''}".encode())
+        elif inspect.ismodule(thing) or inspect.isroutine(thing) or inspect.isclass(thing):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+            for node in ast.walk(tree):
+                if isinstance(getattr(node, "body", None), list):  # leave the docstrings out
+                    node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            sha.update(ast.dump(tree).encode())
+        else:
+            sha.update(repr(thing).encode())
+    return sha.hexdigest()
+
+
+class Experiment:
+    """The stages as properties: asking for one makes what it needs, or reads it from the run's folder.
+
+    A stage is made again when anything it depends on has changed: settings, input data, or the code that makes it.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.run = Path(config.out or f"runs/{Path(config.data).name}")
+        self.sets, self.classes = split_data(config)
+        self.seconds = {}
+        self.run.mkdir(parents=True, exist_ok=True)
+
+    def stage(self, name, make, *depends):
+        """The dict of tensors and plain values that make(report, partial) returns, from runs/<data>/<name>.pt if that still holds.
+
+        `partial` is where an unfinished stage may keep its state; it is deleted when the stage is done.
+        """
+        key, path = digest(name, DEVICE, *depends), self.run / f"{name}.pt"
+        if path.exists():
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved.get("key") == key:
+                self.seconds[name] = saved["seconds"]
+                return saved
+        partial, start = self.run / f"{name}.{key[:8]}.partial", time.time()
+        result = make(Progress(name), partial)
+        self.seconds[name] = round(time.time() - start, 1)
+        save(path, result | dict(key=key, seconds=self.seconds[name]))
+        for stale in self.run.glob(f"{name}.*.partial"):
+            stale.unlink()
+        return result
+
+    def classifier(self, seed):
+        """A fresh victim network."""
+        torch.manual_seed(seed)
+        c = self.config
+        net = ResNet(numbers(c.victim_widths), c.victim_blocks, numbers(c.victim_strides), len(self.classes))
+        return net.to(DEVICE, memory_format=torch.channels_last)
+
+    @cached_property
+    def ddpm(self):
+        """The U-Net, trained on the unprotected images only."""
+        c, (images, _) = self.config, self.sets["unprotected"]
+        settings = dict(width=c.unet_width, mults=numbers(c.unet_mults), blocks=c.unet_blocks, attention=numbers(c.unet_attention),
+                        dropout=c.unet_dropout, patch=c.unet_patch, size=images.shape[-1])
+        training = dict(levels=c.unet_levels, steps=c.unet_steps, batch_size=c.unet_batch, lr=c.unet_lr, ema_decay=c.unet_ema, seed=c.seed)
+
+        def make(report, partial):
+            torch.manual_seed(c.seed)
+            net = UNet(**settings).to(DEVICE, memory_format=torch.channels_last)
+            return dict(config=net.config, weights=train_unet(net, images, **training, report=report, partial=partial))
+        self.stage("ddpm", make, settings, training, images, unet, train_unet)
+        return unet.load(self.run / "ddpm.pt", DEVICE).to(memory_format=torch.channels_last)
+
+    @cached_property
+    def vgg(self):
+        """The perceptual distance, over a VGG trained on the unprotected images and their labels."""
+        c, (images, labels) = self.config, self.sets["unprotected"]
+        settings = dict(width=c.vgg_width, convs=numbers(c.vgg_convs), classes=len(self.classes))
+        training = dict(epochs=c.vgg_epochs, lr=c.vgg_lr, batch_size=c.victim_batch, seed=c.seed)
+
+        def make(report, _):
+            torch.manual_seed(c.seed)
+            net = perceptual.VGG(**settings).to(DEVICE, memory_format=torch.channels_last)
+            train_classifier(net, images, labels, **training, report=report)
+            print(f"vgg: {accuracy(net, *self.sets['validation']):.1f} % right on validation images")
+            return dict(config=net.config, weights=net.state_dict())
+        self.stage("vgg", make, settings, training, images, labels, perceptual, train_classifier)
+        return perceptual.load(self.run / "vgg.pt", DEVICE).to(memory_format=torch.channels_last)
+
+    @cached_property
+    def protect(self):
+        """{"em-class" | "em-sample": unlearnable examples (N, 3, H, W)} of the protected images."""
+        c, (images, labels) = self.config, self.sets["protected"]
+
+        def make(report, _):
+            g = torch.Generator().manual_seed(c.seed)
+            surrogate = self.classifier(c.seed + 1000)      # not the victim's initialisation
+            common = dict(step=c.epsilon / 5, epsilon=c.epsilon, augment=lambda x: crop_flip(x, g), generator=g, report=report)
+            x, y = batch_of(images), labels.to(DEVICE)
+            start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-c.epsilon, c.epsilon, generator=g).to(DEVICE)
+            by_class, history = error_minimizing(surrogate, x, y, y, start, rounds=c.em_class_rounds, noise_batches=10, **common)
+            print(f"em-class: surrogate {100 * history[-1]:.0f} % right after {len(history)} of {c.em_class_rounds} rounds")
+            by_sample, history = error_minimizing(surrogate, x, y, torch.arange(len(x), device=DEVICE), by_class[y], rounds=c.em_sample_rounds,
+                                                  noise_steps=c.em_sample_steps, momentum=0.9, **common)
+            print(f"em-sample: surrogate {100 * history[-1]:.0f} % right after {len(history)} of {c.em_sample_rounds} rounds")
+            return {"em-class": as_bytes(publish(x, by_class[y])).cpu(), "em-sample": as_bytes(publish(x, by_sample)).cpu()}
+        settings = (c.seed, c.epsilon, c.em_class_rounds, c.em_sample_rounds, c.em_sample_steps, c.victim_widths, c.victim_blocks, c.victim_strides)
+        made = self.stage("protect", make, settings, images, labels, attacks, ResNet, BasicBlock)
+        return {name: as_float(made[name]) for name in PROTECTIONS}
+
+    @cached_property
+    def purify(self):
+        """{"em-class" | "em-sample": learnable examples (N, 3, H, W)} made from the unlearnable ones."""
+        c = self.config
+        sampler = le.Sampler()
+        les = {}
+        for name, ues in self.protect.items():
+            make = lambda report, _: dict(images=as_bytes(le.purify(self.ddpm, self.vgg, ues, sampler, seed=c.seed, report=report)))
+            les[name] = as_float(self.stage(f"purify-{name}", make, asdict(sampler), c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(), unet, perceptual, le)["images"])
+        return les
+
+    def victim(self, name, images):
+        """Accuracy in percent, on clean images, of a victim trained on `images` in place of the protected ones."""
+        c, labels = self.config, self.sets["protected"][1]
+        training = dict(epochs=c.victim_epochs, lr=c.victim_lr, batch_size=c.victim_batch, seed=c.seed)
+
+        def make(report, _):
+            net = train_classifier(self.classifier(c.seed), images, labels, **training, report=report)
+            return dict(weights=net.state_dict(), accuracy=accuracy(net, *self.sets[c.evaluate]))
+        return self.stage(f"victim-{name}", make, training, c.victim_widths, c.victim_blocks, c.victim_strides, images, labels,
+                          *self.sets[c.evaluate], ResNet, BasicBlock, train_classifier, crop_flip)["accuracy"]
+
+    def victims(self):
+        """The table: {"clean": accuracy, "rows": [{"protection", "ue", "le", "recovery", "psnr_ue", "psnr_le"}]}."""
+        images, rows = self.sets["protected"][0], []
+        clean = self.victim("clean", images)
+        for name in PROTECTIONS:
+            ues, les = self.protect[name], self.purify[name]
+            ue, le = self.victim(f"{name}-ue", ues), self.victim(f"{name}-le", les)
+            recovery = (le - ue) / (clean - ue) if clean > ue else float("nan")
+            rows.append(dict(protection=name, ue=round(ue, 2), le=round(le, 2), recovery=round(recovery, 3),
+                             psnr_ue=round(psnr(ues, images), 2), psnr_le=round(psnr(les, images), 2)))
+        return dict(clean=round(clean, 2), rows=rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+PROTECTIONS = ("em-class", "em-sample")
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of two sets of images in [0, 1], from their mean squared difference."""
+    return -10 * math.log10(max((x - y).square().mean().item(), 1e-12))
+
+
+def table(results):
+    """The results as a Markdown table; accuracies in percent on clean images."""
+    lines = ["| trained on | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---|---|---|---|---|---|---|"]
+    for r in results["rows"]:
+        lines.append(f"| {r['protection']} | {results['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {r['recovery']:.2f} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
+    return "\n".join(lines)
+
+
+def figure(experiment, path, amplify=16, zoom=2, columns=10):
+    """Rows of original, UE, perturbation, LE and what is left of the perturbation, for each protection; one image of each class."""
+    originals, labels = experiment.sets["protected"]
+    chosen = [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:columns]
+    rows = [("original", originals)]
+    for name in PROTECTIONS:
+        ues, les = experiment.protect[name], experiment.purify[name]
+        rows += [(f"{name} UE", ues), (f"UE - original, x{amplify}", 0.5 + amplify * (ues - originals)),
+                 (f"{name} LE", les), (f"LE - original, x{amplify}", 0.5 + amplify * (les - originals))]
+    cell, gap, margin = originals.shape[-1] * zoom, 4, 130
+    canvas = Image.new("RGB", (margin + len(chosen) * (cell + gap), len(rows) * (cell + gap) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (text, images) in enumerate(rows):
+        top = gap + i * (cell + gap)
+        draw.text((6, top + cell // 2 - 6), text, fill="black")
+        for j, n in enumerate(chosen):
+            pixels = as_bytes(images[n]).permute(1, 2, 0).numpy()
+            canvas.paste(Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST), (margin + j * (cell + gap), top))
+    canvas.save(path)
+
+
+def run_all(experiment):
+    """Every stage, then the table on stdout, results.json and figure.png in the run's folder."""
+    config, run = experiment.config, experiment.run
+    results = dict(data=config.data, seed=config.seed, config=asdict(config), **experiment.victims(), seconds=experiment.seconds)
+    (run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    figure(experiment, run / "figure.png")
+    print("\nseconds: " + ", ".join(f"{name} {s:.0f}" for name, s in experiment.seconds.items()) + f"; all {sum(experiment.seconds.values()):.0f}")
+    print(f"accuracy in percent on clean {config.evaluate} images, of victims trained on clean images, UEs and LEs:\n")
+    print(table(results))
+    print(f"\n{run}/results.json, {run}/figure.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+STAGES = {"all": run_all, "ddpm": lambda e: e.ddpm, "vgg": lambda e: e.vgg, "protect": lambda e: e.protect,
+          "purify": lambda e: e.purify, "victim": lambda e: print(table(e.victims()))}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(argv):
+    """The stage, whether to download, and the Config that argv asks for."""
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("stage", nargs="?", default="all", choices=STAGES)
+    parser.add_argument("--download", action="store_true", help=f"cifar10: fetch {CIFAR10_URL} to --root first")
+    for field in fields(Config):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=argparse.SUPPRESS, help=f"default {field.default!r}")
+    options = vars(parser.parse_args(argv))
+    stage, wanted = options.pop("stage"), options.pop("download")
+    config = Config(**(PRESETS.get(options.get("data"), {}) | options))
+    if config.evaluate not in ("test", "validation"):
+        parser.error(f"--evaluate {config.evaluate}: expected test or validation")
+    return stage, wanted, config
+
+
+def main(argv=None):
+    stage, wanted, config = parse(argv)
+    print(" ".join(f"{name}={value}" for name, value in asdict(config).items()) + f" device={DEVICE}")
+    try:
+        if wanted and not Path(config.root).exists():
+            download(CIFAR10_URL, CIFAR10_SHA256, config.root)
+        STAGES[stage](Experiment(config))
+    except BadInput as error:
+        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\ntrain.py: interrupted; the same command goes on from here", file=sys.stderr) or 130)
+
+
+if __name__ == "__main__":
+    main()
