@@ -12,7 +12,7 @@ class VGG(nn.Module):
     """VGG's five stages of 3x3 convolutions and ReLUs, with a linear classifier on the spatial mean of the last.
 
     The defaults are VGG-16's features, layer for layer as torchvision numbers them (`features.N`); a small one
-    (say width=16, convs=(1, 1, 2, 2, 2)) learns in a minute and serves as an offline stand-in.
+    (say width=16, convs=(1, 1, 1, 1, 1)) learns in a minute and serves as an offline stand-in.
     """
 
     def __init__(self, width=64, convs=(2, 2, 3, 3, 3), classes=10):

@@ -461,8 +461,220 @@ def test_RELEASED_preset_pull_matches_the_release():
 
 
 def test_Sampler_and_purify_refuse_what_they_cannot_do(nets):
-    for wrong in (dict(steps=50), dict(target="xt"), dict(rounds=0), dict(pixel=-1.0)):
+    for wrong in (dict(steps=500), dict(target="xt"), dict(rounds=0), dict(pixel=-1.0)):
         with pytest.raises(ValueError):
             Sampler(**wrong)
     with pytest.raises(ValueError, match="0, 1"):
         purify(*nets, images(1) * 255, JOINT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: data
+
+def test_shapes_come_from_the_seed_alone_as_8_bit_images():
+    x, y = train.shapes(40, seed=3)
+    assert x.shape == (40, 3, 32, 32) and torch.equal(y.bincount(), torch.full((10,), 4))
+    assert torch.equal((x * 255).round() / 255, x) and 0 <= x.min() and x.max() <= 1 and x.std() > 0.05
+    assert torch.equal(train.shapes(40, seed=3)[0], x) and not torch.equal(train.shapes(40, seed=4)[0], x)
+
+
+@pytest.mark.parametrize("shape", train.SHAPES)
+def test_signed_distance_is_negative_inside_and_changes_no_faster_than_a_distance(shape):
+    axis = torch.linspace(-1.5, 1.5, 301)
+    d = train.signed_distance(shape, torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1))
+    slope = torch.stack(torch.gradient(d, spacing=0.01)).norm(dim=0)
+    assert 0.05 < (d < 0).float().mean() < 0.4 and d[0, 0] > 0.4
+    assert slope.median() > 0.7 and slope.quantile(0.99) < 1.1  # an anti-aliased edge is as wide everywhere
+
+
+def test_split_data_sets_are_disjoint():
+    sets, classes = train.split_data(train.Config(protected=50, unprotected=40, validation=20, test=30))
+    assert {name: len(x) for name, (x, _) in sets.items()} == dict(protected=50, unprotected=40, validation=20, test=30)
+    assert len({x.numpy().tobytes() for part, _ in sets.values() for x in part}) == 140
+
+
+def cifar10_files(records=20):
+    """The official layout in small: {name: bytes}, and the records (6, records, 3073) in them."""
+    data = np.random.default_rng(0).integers(0, 256, (6, records, 3073), dtype=np.uint8)
+    data[:, :, 0] %= 10
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    return {name: part.tobytes() for name, part in zip(names, data)}, data
+
+
+def write_cifar10(path, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cifar10_reads_planes_and_labels(tmp_path, packed):
+    files, data = cifar10_files()
+    if packed:
+        root = write_cifar10(tmp_path / "c.tar.gz", files)
+    else:
+        (root := tmp_path / "cifar-10-batches-bin").mkdir()
+        for name, content in files.items():
+            (root / name).write_bytes(content)
+    (x, y), (test_x, test_y) = train.cifar10(root)
+    assert x.shape == (100, 3, 32, 32) and test_x.shape == (20, 3, 32, 32)
+    record = data[2, 5]                                    # the sixth of the third batch: image 45
+    assert y[45] == record[0] and math.isclose(x[45, 1, 3, 7], record[1 + 1024 + 3 * 32 + 7] / 255, rel_tol=1e-6)
+    assert torch.equal(test_y, torch.from_numpy(data[5, :, 0]).long())
+
+
+def test_cifar10_names_the_broken_file(tmp_path):
+    files, _ = cifar10_files()
+    broken = [("truncated", {"data_batch_2.bin": files["data_batch_2.bin"][:-1]}, "data_batch_2.bin has 61459 bytes"),
+              ("mislabelled", {"test_batch.bin": b"\x0b" + files["test_batch.bin"][1:]}, "test_batch.bin has the label 11"),
+              ("empty", {"data_batch_5.bin": b""}, "data_batch_5.bin has 0 bytes")]
+    for name, change, message in broken:
+        with pytest.raises(train.BadInput, match=message):
+            train.cifar10(write_cifar10(tmp_path / f"{name}.tar.gz", files | change))
+    del files["data_batch_4.bin"]
+    with pytest.raises(train.BadInput, match="data_batch_4.bin is missing"):
+        train.cifar10(write_cifar10(tmp_path / "missing.tar.gz", files))
+    whole = (tmp_path / "missing.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(train.BadInput, match="not a whole tar archive"):
+        train.cifar10(tmp_path / "cut.tar.gz")
+    with pytest.raises(train.BadInput, match="no such file"):
+        train.cifar10(tmp_path / "nowhere.tar.gz")
+
+
+@pytest.mark.skipif(not CIFAR10_MINI.exists(), reason="no real CIFAR-10 beside the project")
+def test_cifar10_reads_real_images():
+    (x, y), (test_x, test_y) = train.cifar10(CIFAR10_MINI)
+    assert len(x) == 12000 and len(test_x) == 2400 and set(y.tolist()) == set(range(10))
+    assert 3 * (x[:, :, 1:] - x[:, :, :-1]).abs().mean() < (x[1:] - x[:-1]).abs().mean()  # photographs: neighbours are alike, strangers not
+
+
+def test_download_keeps_only_what_has_the_hash(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"data")
+    with pytest.raises(train.BadInput, match="sha256"):
+        train.download(source.as_uri(), "0" * 64, tmp_path / "out")
+    with pytest.raises(train.BadInput, match="put it at"):
+        train.download((tmp_path / "missing").as_uri(), "0" * 64, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+    train.download(source.as_uri(), "3a6eb0790f39ac87c94f3856b2dd2c5d110e6811602261a9a923d3bb23adc8b7", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == b"data"
+
+
+def class_folders(root, per_class=12, size=(40, 36)):
+    for name, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            Image.new("RGB", size, colour).save(root / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return root
+
+
+def test_folder_crops_resizes_and_labels(tmp_path):
+    x, y, classes = train.folder(class_folders(tmp_path / "pets"), 32)
+    assert x.shape == (24, 3, 32, 32) and y.tolist() == [0] * 12 + [1] * 12 and classes == ["cat", "dog"]
+    assert (x[0].mean((1, 2)) * 255 - torch.tensor([200, 30, 30])).abs().max() < 3  # JPEG
+
+
+def test_folder_names_what_it_cannot_use(tmp_path):
+    pets = class_folders(tmp_path / "pets")
+    (pets / "cat" / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(train.BadInput, match="bad.png"):
+        train.folder(pets, 32)
+    with pytest.raises(train.BadInput, match="at least two"):
+        train.folder(pets / "cat", 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: training and stages
+
+def test_ResNet_18_has_the_known_number_of_parameters():
+    with torch.device("meta"):
+        net = train.ResNet((64, 64, 128, 256, 512), 2, (1, 2, 2, 2), 10)
+    assert sum(p.numel() for p in net.parameters()) == 11_173_962
+
+
+def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
+    x = images(16)
+
+    def run(partial, stop=None):
+        def report(done, total, **values):
+            if done == stop:
+                raise KeyboardInterrupt
+        torch.manual_seed(0)
+        return train.train_unet(UNet(**TINY).to(train.DEVICE), x, levels=20, steps=40, batch_size=4, lr=1e-3, ema_decay=0.9, seed=0,
+                                report=report, partial=partial, checkpoint_seconds=0)
+    whole = run(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", stop=20)
+    assert 0 < torch.load(tmp_path / "b", weights_only=True)["step"] < 40
+    resumed = run(tmp_path / "b")
+    assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
+
+
+def test_digest_sees_code_and_values_but_not_comments(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = []
+    for i, text in enumerate(['def f(x):\n    return x + 1\n', 'def f(x):\n    """Adds."""\n    return x + 1  # one\n', 'def f(x):\n    return x + 2\n']):
+        (tmp_path / f"digested_{i}.py").write_text(text)
+        codes.append(train.digest(__import__(f"digested_{i}")))
+    assert codes[0] == codes[1] != codes[2]
+    x = torch.zeros(4)
+    assert train.digest(x, 1) == train.digest(x.clone(), 1) != train.digest(x.view(2, 2), 1) != train.digest(x, 2)
+    assert train.digest(dict(a=1)) != train.digest(dict(a=2)) and train.digest([1], [2]) != train.digest([1, 2])
+
+
+SMALL = ["--protected", "60", "--unprotected", "60", "--validation", "20", "--test", "20", "--victim_epochs", "2", "--victim_widths", "8,8,8",
+         "--victim_strides", "2,2", "--em_class_rounds", "1", "--em_sample_rounds", "1", "--unet_width", "8", "--unet_steps", "20", "--vgg_width", "4",
+         "--vgg_epochs", "1"]
+
+
+def test_main_tells_the_whole_story_and_reuses_it(tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(SMALL + ["--out", str(run)])
+    first = capsys.readouterr()
+    results = json.loads((run / "results.json").read_text())
+    assert [row["protection"] for row in results["rows"]] == list(train.PROTECTIONS)
+    assert set(results) == {"data", "seed", "config", "clean", "rows", "seconds"} and set(results["rows"][0]) == {"protection", "ue", "le", "recovery", "psnr_ue", "psnr_le"}
+    assert all(20 < row["psnr_ue"] < 60 and 0 <= row["le"] <= 100 for row in results["rows"])
+    assert "| em-class |" in first.out and Image.open(run / "figure.png").width > 500
+    made = {path.name: path.stat().st_mtime_ns for path in run.glob("*.pt")}
+    train.main(SMALL + ["--out", str(run)])                # nothing changed, nothing is made again
+    assert {path.name: path.stat().st_mtime_ns for path in run.glob("*.pt")} == made
+    assert json.loads((run / "results.json").read_text()) == results
+    train.main(SMALL + ["--out", str(run), "--vgg_epochs", "2"])  # the perceptual net is made again, its users only if it matters to them
+    again = {name for name, stamp in made.items() if (run / name).stat().st_mtime_ns != stamp}
+    assert "vgg.pt" in again and not {"ddpm.pt", "protect.pt", "victim-clean.pt"} & again
+
+
+def test_main_runs_one_stage_on_a_folder(tmp_path):
+    pets = class_folders(tmp_path / "pets")
+    train.main(["protect", "--data", str(pets)] + SMALL[8:] + ["--out", str(tmp_path / "run")])
+    made = torch.load(tmp_path / "run" / "protect.pt", weights_only=True)
+    assert made["em-sample"].dtype == torch.uint8 and [p.name for p in (tmp_path / "run").iterdir()] == ["protect.pt"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--victim_epoch", "3"], "--victim_epoch"),
+    (["--victim_epochs", "many"], "--victim_epochs"),
+    (["evaluate"], "evaluate"),
+    (["--evaluate", "train"], "expected test or validation"),
+    (["--data", "nowhere"], "expected shapes, cifar10 or an existing folder"),
+    (["--data", "cifar10", "--root", "nowhere.tar.gz"], "nowhere.tar.gz: no such file"),
+    (["--protected", "0"], "--protected"),
+    (["--steps", "99", "--t_star", "36"], "steps"),
+])
+def test_main_refuses_bad_input_in_one_line(tmp_path, arguments, message):
+    done = subprocess.run([sys.executable, HERE / "train.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_main_interrupted_says_how_to_go_on(tmp_path):
+    command = [sys.executable, HERE / "train.py", "ddpm", *SMALL, "--unet_steps", "1000000", "--out", tmp_path / "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process.stderr.readline()                              # the first progress line: training is under way
+    process.send_signal(signal.SIGINT)
+    assert "goes on from here" in process.communicate(timeout=30)[1] and process.returncode == 130

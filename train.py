@@ -20,7 +20,7 @@ import textwrap
 import time
 import urllib.request
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Config:
     victim_lr: float = 0.1
     # protection
     epsilon: float = 8 / 255          # largest change of a channel
-    em_class_rounds: int = 12         # rounds at most of class-wise noise, of 10 training and 10 noise batches
+    em_class_rounds: int = 24         # rounds at most of class-wise noise, of 10 training and 10 noise batches
     em_sample_rounds: int = 8         # rounds at most of sample-wise noise, of 10 training batches and all images
     em_sample_steps: int = 2          # noise steps on each image a round
     # diffusion model
@@ -70,16 +70,19 @@ class Config:
     unet_attention: str = ""          # resolutions with self-attention
     unet_dropout: float = 0.0
     unet_patch: int = 2
-    unet_levels: int = 64             # noise levels 1..unet_levels are trained: those that purification visits
-    unet_steps: int = 3000
-    unet_batch: int = 32
-    unet_lr: float = 2e-3
+    unet_levels: int = 100            # noise levels 1..unet_levels are trained: those that purification visits
+    unet_steps: int = 5000
+    unet_batch: int = 16
+    unet_lr: float = 4e-3
     unet_ema: float = 0.999
     # perceptual distance
     vgg_width: int = 16
-    vgg_convs: str = "1,1,2,2,2"      # convolutions in each of the five stages
-    vgg_epochs: int = 12
-    vgg_lr: float = 0.02
+    vgg_convs: str = "1,1,1,1,1"      # convolutions in each of the five stages
+    vgg_epochs: int = 24
+    vgg_batch: int = 32               # without normalisation layers, small steps: larger batches and rates did not learn
+    vgg_lr: float = 0.03
+    # purification: le.Sampler, whose values are options too
+    sampler: le.Sampler = field(default_factory=le.Sampler)
 
 
 # What differs from the defaults above
@@ -96,7 +99,7 @@ class BadInput(Exception):
 
 
 def numbers(text):
-    """"1,2,2" -> (1, 2, 2)"""
+    """The option "1,2,2" as (1, 2, 2)."""
     return tuple(int(n) for n in text.split(",") if n)
 
 
@@ -320,7 +323,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         levels = [BasicBlock(c_in if j == 0 else c_out, c_out, stride if j == 0 else 1)
-                  for c_in, c_out, stride in zip(widths, widths[1:], strides, strict=True) for j in range(blocks)]
+                  for c_in, c_out, stride in zip(widths[:-1], widths[1:], strides, strict=True) for j in range(blocks)]
         self.levels, self.head = nn.Sequential(*levels), nn.Linear(widths[-1], classes)
 
     def features(self, x):
@@ -359,10 +362,10 @@ def accuracy(model, images, labels):
 # ---------------------------------------------------------------------------------------------------------------------
 # The diffusion model
 
-def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, report, partial):
+def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, report, partial, checkpoint_seconds=30):
     """Train in place by Ho et al. 2020, Algorithm 1, on noise levels 1..levels; returns the EMA of the weights (a state dict).
 
-    Every step draws from its own seed, so a run resumed from `partial` (a file written twice a minute) ends where an uninterrupted
+    Every step draws from its own seed, so a run resumed from `partial` (a file written every `checkpoint_seconds`) ends where an uninterrupted
     one does. The learning rate warms up over 100 steps and falls to zero along a half cosine.
     """
     optimizer, ema, start = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99)), EMA(net, ema_decay), 0
@@ -388,7 +391,7 @@ def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, r
         ema.update(net)
         if step % 10 == 9:
             report(step + 1, steps, loss=loss.item())
-        if time.time() - written > 30:
+        if time.time() - written > checkpoint_seconds:
             save(partial, dict(step=step + 1, net=net.state_dict(), ema=ema.weights, optimizer=optimizer.state_dict()))
             written = time.time()
     return ema.weights
@@ -498,7 +501,7 @@ class Experiment:
         """The perceptual distance, over a VGG trained on the unprotected images and their labels."""
         c, (images, labels) = self.config, self.sets["unprotected"]
         settings = dict(width=c.vgg_width, convs=numbers(c.vgg_convs), classes=len(self.classes))
-        training = dict(epochs=c.vgg_epochs, lr=c.vgg_lr, batch_size=c.victim_batch, seed=c.seed)
+        training = dict(epochs=c.vgg_epochs, lr=c.vgg_lr, batch_size=c.vgg_batch, seed=c.seed)
 
         def make(report, _):
             torch.manual_seed(c.seed)
@@ -511,7 +514,11 @@ class Experiment:
 
     @cached_property
     def protect(self):
-        """{"em-class" | "em-sample": unlearnable examples (N, 3, H, W)} of the protected images."""
+        """{"em-class" | "em-sample": unlearnable examples (N, 3, H, W)} of the protected images.
+
+        Sample-wise noise starts from the class-wise and its surrogate, as He et al. 2023 do for theirs, and runs all its rounds:
+        it is learnable from the start, and needs them to become each image's own.
+        """
         c, (images, labels) = self.config, self.sets["protected"]
 
         def make(report, _):
@@ -523,7 +530,7 @@ class Experiment:
             by_class, history = error_minimizing(surrogate, x, y, y, start, rounds=c.em_class_rounds, noise_batches=10, **common)
             print(f"em-class: surrogate {100 * history[-1]:.0f} % right after {len(history)} of {c.em_class_rounds} rounds")
             by_sample, history = error_minimizing(surrogate, x, y, torch.arange(len(x), device=DEVICE), by_class[y], rounds=c.em_sample_rounds,
-                                                  noise_steps=c.em_sample_steps, momentum=0.9, **common)
+                                                  noise_steps=c.em_sample_steps, momentum=0.9, stop_accuracy=math.inf, **common)
             print(f"em-sample: surrogate {100 * history[-1]:.0f} % right after {len(history)} of {c.em_sample_rounds} rounds")
             return {"em-class": as_bytes(publish(x, by_class[y])).cpu(), "em-sample": as_bytes(publish(x, by_sample)).cpu()}
         settings = (c.seed, c.epsilon, c.em_class_rounds, c.em_sample_rounds, c.em_sample_steps, c.victim_widths, c.victim_blocks, c.victim_strides)
@@ -533,12 +540,12 @@ class Experiment:
     @cached_property
     def purify(self):
         """{"em-class" | "em-sample": learnable examples (N, 3, H, W)} made from the unlearnable ones."""
-        c = self.config
-        sampler = le.Sampler()
-        les = {}
+        c, les = self.config, {}
         for name, ues in self.protect.items():
-            make = lambda report, _: dict(images=as_bytes(le.purify(self.ddpm, self.vgg, ues, sampler, seed=c.seed, report=report)))
-            les[name] = as_float(self.stage(f"purify-{name}", make, asdict(sampler), c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(), unet, perceptual, le)["images"])
+            make = lambda report, _: dict(images=as_bytes(le.purify(self.ddpm, self.vgg, ues, c.sampler, seed=c.seed, report=report)))
+            made = self.stage(f"purify-{name}", make, asdict(c.sampler), c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
+                              unet, perceptual, le)
+            les[name] = as_float(made["images"])
         return les
 
     def victim(self, name, images):
@@ -620,6 +627,7 @@ def run_all(experiment):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
+SAMPLERS = {"default": le.Sampler(), "released": le.RELEASED}
 STAGES = {"all": run_all, "ddpm": lambda e: e.ddpm, "vgg": lambda e: e.vgg, "protect": lambda e: e.protect,
           "purify": lambda e: e.purify, "victim": lambda e: print(table(e.victims()))}
 
@@ -629,16 +637,33 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def switch(text):
+    """The sampler's switch on the command line: a level, or both."""
+    return None if text == "both" else int(text)
+
+
 def parse(argv):
     """The stage, whether to download, and the Config that argv asks for."""
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES)
     parser.add_argument("--download", action="store_true", help=f"cifar10: fetch {CIFAR10_URL} to --root first")
-    for field in fields(Config):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=argparse.SUPPRESS, help=f"default {field.default!r}")
-    options = vars(parser.parse_args(argv))
-    stage, wanted = options.pop("stage"), options.pop("download")
-    config = Config(**(PRESETS.get(options.get("data"), {}) | options))
+    parser.add_argument("--preset", default="default", choices=SAMPLERS, help="where the sampler's values start from")
+    values = [option for option in fields(Config) + fields(le.Sampler) if option.name != "sampler"]
+    for option in values:
+        kind = switch if option.name == "switch" else type(option.default)
+        parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, help=f"default {option.default!r}")
+    known = {"help", "download", "preset"} | {option.name for option in values}
+    given = sys.argv[1:] if argv is None else argv
+    for option in given:                                   # argparse would take an unknown option's value for the stage
+        if option.startswith("--") and option.split("=")[0][2:] not in known:
+            parser.error(f"unknown option {option}; --help lists them")
+    options = vars(parser.parse_args(given))
+    stage, wanted, sampler = options.pop("stage"), options.pop("download"), SAMPLERS[options.pop("preset")]
+    try:
+        sampler = replace(sampler, **{f.name: options.pop(f.name) for f in fields(le.Sampler) if f.name in options})
+    except ValueError as error:
+        parser.error(error)
+    config = Config(**(PRESETS.get(options.get("data"), {}) | options), sampler=sampler)
     if config.evaluate not in ("test", "validation"):
         parser.error(f"--evaluate {config.evaluate}: expected test or validation")
     return stage, wanted, config
