@@ -3,6 +3,7 @@
     python -m pytest                      all
     python -m pytest -k q_sample          the tests of one function
 """
+import ast
 import io
 import json
 import math
@@ -614,16 +615,17 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
     assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
 
 
-def test_digest_sees_code_and_values_but_not_comments(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    codes = []
-    for i, text in enumerate(['def f(x):\n    return x + 1\n', 'def f(x):\n    """Adds."""\n    return x + 1  # one\n', 'def f(x):\n    return x + 2\n']):
-        (tmp_path / f"digested_{i}.py").write_text(text)
-        codes.append(train.digest(__import__(f"digested_{i}")))
-    assert codes[0] == codes[1] != codes[2]
+def test_syntax_sees_code_but_not_comments_and_docstrings():
+    one, same, other = ('def f(x):\n    return x + 1\n', '"""Sums."""\ndef f(x):\n    """Adds."""\n    return x + 1  # one\n', 'def f(x):\n    return x + 2\n')
+    dump = lambda text: ast.dump(train.syntax(text))
+    assert dump(one) == dump(same) != dump(other)
+
+
+def test_digest_tells_values_tensors_and_functions_apart():
     x = torch.zeros(4)
-    assert train.digest(x, 1) == train.digest(x.clone(), 1) != train.digest(x.view(2, 2), 1) != train.digest(x, 2)
-    assert train.digest(dict(a=1)) != train.digest(dict(a=2)) and train.digest([1], [2]) != train.digest([1, 2])
+    different = [(x,), (x + 1,), (x.view(2, 2),), (1,), (2,), ([1], [2]), ([1, 2],), (dict(a=1),), (dict(a=2),), ((),), (train.psnr,), (train.table,), (le,), (unet,)]
+    assert len({train.digest(*things) for things in different}) == len(different)
+    assert train.digest(x, 1) == train.digest(x.clone(), 1)
 
 
 SMALL = ["--protected", "60", "--unprotected", "60", "--validation", "20", "--test", "20", "--victim_epochs", "2", "--victim_widths", "8,8,8",
@@ -646,14 +648,15 @@ def test_main_tells_the_whole_story_and_reuses_it(tmp_path, capsys):
     assert json.loads((run / "results.json").read_text()) == results
     train.main(SMALL + ["--out", str(run), "--vgg_epochs", "2"])  # the perceptual net is made again, its users only if it matters to them
     again = {name for name, stamp in made.items() if (run / name).stat().st_mtime_ns != stamp}
-    assert "vgg.pt" in again and not {"ddpm.pt", "protect.pt", "victim-clean.pt"} & again
+    assert "vgg.pt" in again and not {"ddpm.pt", "em-class.pt", "em-sample.pt", "victim-clean.pt"} & again
 
 
 def test_main_runs_one_stage_on_a_folder(tmp_path):
     pets = class_folders(tmp_path / "pets")
     train.main(["protect", "--data", str(pets)] + SMALL[8:] + ["--out", str(tmp_path / "run")])
-    made = torch.load(tmp_path / "run" / "protect.pt", weights_only=True)
-    assert made["em-sample"].dtype == torch.uint8 and [p.name for p in (tmp_path / "run").iterdir()] == ["protect.pt"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["em-class.pt", "em-sample.pt"]
+    made = torch.load(tmp_path / "run" / "em-sample.pt", weights_only=True)
+    assert made["images"].dtype == torch.uint8 and made["noise"].abs().max() <= EPSILON + 1e-6
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -665,11 +668,17 @@ def test_main_runs_one_stage_on_a_folder(tmp_path):
     (["--data", "cifar10", "--root", "nowhere.tar.gz"], "nowhere.tar.gz: no such file"),
     (["--protected", "0"], "--protected"),
     (["--steps", "99", "--t_star", "36"], "steps"),
+    (["--t_star", "200"], "--unet_levels"),
+    (["--victim_strides", "2,2"], "--victim_widths"),
+    (["--victim_strides", "2,x"], "--victim_strides"),
 ])
-def test_main_refuses_bad_input_in_one_line(tmp_path, arguments, message):
-    done = subprocess.run([sys.executable, HERE / "train.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())                    # nothing half-written
 
 
 def test_main_interrupted_says_how_to_go_on(tmp_path):

@@ -16,7 +16,6 @@ import math
 import os
 import sys
 import tarfile
-import textwrap
 import time
 import urllib.request
 import zlib
@@ -52,22 +51,22 @@ class Config:
     test: int = 2000
     size: int = 32                    # a folder's images are cropped to squares and resized to size x size
     # victim classifier (and the owner's surrogate)
-    victim_widths: str = "16,24,48,96"  # channels of the stem and of each level of the ResNet
+    victim_widths: tuple = (16, 24, 48, 96)  # channels of the stem and of each level of the ResNet
     victim_blocks: int = 1            # residual blocks a level
-    victim_strides: str = "2,2,2"     # of each level
+    victim_strides: tuple = (2, 2, 2)  # of each level
     victim_epochs: int = 12
     victim_batch: int = 128
     victim_lr: float = 0.1
     # protection
-    epsilon: float = 8 / 255          # largest change of a channel
+    epsilon: float = 8                # largest change of a channel, of 255
     em_class_rounds: int = 24         # rounds at most of class-wise noise, of 10 training and 10 noise batches
     em_sample_rounds: int = 8         # rounds at most of sample-wise noise, of 10 training batches and all images
     em_sample_steps: int = 2          # noise steps on each image a round
     # diffusion model
     unet_width: int = 32
-    unet_mults: str = "1,2"
+    unet_mults: tuple = (1, 2)        # channels of each resolution, in widths
     unet_blocks: int = 1
-    unet_attention: str = ""          # resolutions with self-attention
+    unet_attention: tuple = ()        # resolutions with self-attention
     unet_dropout: float = 0.0
     unet_patch: int = 2
     unet_levels: int = 100            # noise levels 1..unet_levels are trained: those that purification visits
@@ -77,7 +76,7 @@ class Config:
     unet_ema: float = 0.999
     # perceptual distance
     vgg_width: int = 16
-    vgg_convs: str = "1,1,1,1,1"      # convolutions in each of the five stages
+    vgg_convs: tuple = (1, 1, 1, 1, 1)  # convolutions in each of the five stages
     vgg_epochs: int = 24
     vgg_batch: int = 32               # without normalisation layers, small steps: larger batches and rates did not learn
     vgg_lr: float = 0.03
@@ -87,7 +86,8 @@ class Config:
 
 # What differs from the defaults above
 PRESETS = {
-    "cifar10": dict(protected=7000, unprotected=4500, validation=500, test=2400),
+    "cifar10": dict(protected=6000, unprotected=5500, validation=500, test=2400, victim_widths=(16, 32, 64, 128), victim_epochs=30,
+                    em_sample_rounds=12, unet_width=48, unet_steps=10000, vgg_epochs=40),
 }
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -96,11 +96,6 @@ torch.set_flush_denormal(True)        # denormal numbers late in training slow a
 
 class BadInput(Exception):
     """Something the user gave cannot be used; main prints it in one line and exits with 2."""
-
-
-def numbers(text):
-    """The option "1,2,2" as (1, 2, 2)."""
-    return tuple(int(n) for n in text.split(",") if n)
 
 
 def batch_of(images):
@@ -420,23 +415,36 @@ class Progress:
         print(f"\r{text:<78}" if self.live else text, end="\n" if done == total or not self.live else "", file=sys.stderr, flush=True)
 
 
+def syntax(source):
+    """The syntax tree of a file without its docstrings: comments and spacing are gone already, so what is left is what it does."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            del node.body[0]
+    return tree
+
+
+# Read now: a file may be edited while the program runs
+SYNTAX = {module.__name__: syntax(inspect.getsource(module)) for module in (attacks, le, perceptual, unet, sys.modules[__name__])}
+
+
 def digest(*things):
-    """A hash of tensors, of plain values, and of code: modules and functions count by what they do, not by their comments."""
+    """A hash of tensors, of plain values, and of modules, classes and functions, which count by what they do."""
     sha = hashlib.sha256()
     for thing in things:
         if isinstance(thing, torch.Tensor):
             sha.update(f"{thing.shape}{thing.dtype}".encode())
             sha.update(thing.cpu().contiguous().numpy())
-        elif isinstance(thing, dict):
-            sha.update(digest(*thing.keys(), *thing.values()).encode())
-        elif isinstance(thing, (list, tuple)):
-            sha.update(f"{len(thing)}{digest(*thing) if thing else ''}".encode())
-        elif inspect.ismodule(thing) or inspect.isroutine(thing) or inspect.isclass(thing):
-            tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-            for node in ast.walk(tree):
-                if isinstance(getattr(node, "body", None), list):  # leave the docstrings out
-                    node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-            sha.update(ast.dump(tree).encode())
+        elif isinstance(thing, (dict, list, tuple)):
+            parts = [*thing.keys(), *thing.values()] if isinstance(thing, dict) else thing
+            sha.update(f"{len(parts)}{digest(*parts) if parts else ''}".encode())
+        elif inspect.ismodule(thing):
+            sha.update(ast.dump(SYNTAX[thing.__name__]).encode())
+        elif inspect.isclass(thing) or inspect.isfunction(thing):
+            node = SYNTAX[thing.__module__]
+            for name in thing.__qualname__.replace(".<locals>", "").split("."):
+                node = next(child for child in ast.walk(node) if getattr(child, "name", None) == name)
+            sha.update(ast.dump(node).encode())
         else:
             sha.update(repr(thing).encode())
     return sha.hexdigest()
@@ -460,32 +468,31 @@ class Experiment:
 
         `partial` is where an unfinished stage may keep its state; it is deleted when the stage is done.
         """
-        key, path = digest(name, DEVICE, *depends), self.run / f"{name}.pt"
+        key, path = digest(name, DEVICE, make, *depends), self.run / f"{name}.pt"
         if path.exists():
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved.get("key") == key:
-                self.seconds[name] = saved["seconds"]
-                return saved
-        partial, start = self.run / f"{name}.{key[:8]}.partial", time.time()
-        result = make(Progress(name), partial)
-        self.seconds[name] = round(time.time() - start, 1)
-        save(path, result | dict(key=key, seconds=self.seconds[name]))
-        for stale in self.run.glob(f"{name}.*.partial"):
-            stale.unlink()
+            result = torch.load(path, map_location="cpu", weights_only=True)
+        if not path.exists() or result.get("key") != key:
+            partial, start = self.run / f"{name}.{key[:8]}.partial", time.time()
+            result = make(Progress(name), partial)
+            result |= dict(key=key, seconds=round(time.time() - start, 1))
+            save(path, result)
+            for stale in self.run.glob(f"{name}.*.partial"):
+                stale.unlink()
+        self.seconds[name] = result["seconds"]
         return result
 
     def classifier(self, seed):
         """A fresh victim network."""
         torch.manual_seed(seed)
         c = self.config
-        net = ResNet(numbers(c.victim_widths), c.victim_blocks, numbers(c.victim_strides), len(self.classes))
+        net = ResNet(c.victim_widths, c.victim_blocks, c.victim_strides, len(self.classes))
         return net.to(DEVICE, memory_format=torch.channels_last)
 
     @cached_property
     def ddpm(self):
         """The U-Net, trained on the unprotected images only."""
         c, (images, _) = self.config, self.sets["unprotected"]
-        settings = dict(width=c.unet_width, mults=numbers(c.unet_mults), blocks=c.unet_blocks, attention=numbers(c.unet_attention),
+        settings = dict(width=c.unet_width, mults=c.unet_mults, blocks=c.unet_blocks, attention=c.unet_attention,
                         dropout=c.unet_dropout, patch=c.unet_patch, size=images.shape[-1])
         training = dict(levels=c.unet_levels, steps=c.unet_steps, batch_size=c.unet_batch, lr=c.unet_lr, ema_decay=c.unet_ema, seed=c.seed)
 
@@ -500,7 +507,7 @@ class Experiment:
     def vgg(self):
         """The perceptual distance, over a VGG trained on the unprotected images and their labels."""
         c, (images, labels) = self.config, self.sets["unprotected"]
-        settings = dict(width=c.vgg_width, convs=numbers(c.vgg_convs), classes=len(self.classes))
+        settings = dict(width=c.vgg_width, convs=c.vgg_convs, classes=len(self.classes))
         training = dict(epochs=c.vgg_epochs, lr=c.vgg_lr, batch_size=c.vgg_batch, seed=c.seed)
 
         def make(report, _):
@@ -509,43 +516,51 @@ class Experiment:
             train_classifier(net, images, labels, **training, report=report)
             print(f"vgg: {accuracy(net, *self.sets['validation']):.1f} % right on validation images")
             return dict(config=net.config, weights=net.state_dict())
-        self.stage("vgg", make, settings, training, images, labels, perceptual, train_classifier)
+        self.stage("vgg", make, settings, training, images, labels, perceptual, train_classifier, crop_flip)
         return perceptual.load(self.run / "vgg.pt", DEVICE).to(memory_format=torch.channels_last)
 
     @cached_property
     def protect(self):
-        """{"em-class" | "em-sample": unlearnable examples (N, 3, H, W)} of the protected images.
+        """{protection: unlearnable examples (N, 3, H, W)} of the protected images.
 
         Sample-wise noise starts from the class-wise and its surrogate, as He et al. 2023 do for theirs, and runs all its rounds:
         it is learnable from the start, and needs them to become each image's own.
         """
         c, (images, labels) = self.config, self.sets["protected"]
+        x, y, epsilon = batch_of(images), labels.to(DEVICE), c.epsilon / 255
+        surrogate = self.classifier(c.seed + 1000)         # not the victim's initialisation
+        settings = (c.seed, epsilon, c.victim_batch, c.victim_widths, c.victim_blocks, c.victim_strides)
 
-        def make(report, _):
+        def protect(rows, start, report, **how):
             g = torch.Generator().manual_seed(c.seed)
-            surrogate = self.classifier(c.seed + 1000)      # not the victim's initialisation
-            common = dict(step=c.epsilon / 5, epsilon=c.epsilon, augment=lambda x: crop_flip(x, g), generator=g, report=report)
-            x, y = batch_of(images), labels.to(DEVICE)
-            start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-c.epsilon, c.epsilon, generator=g).to(DEVICE)
-            by_class, history = error_minimizing(surrogate, x, y, y, start, rounds=c.em_class_rounds, noise_batches=10, **common)
-            print(f"em-class: surrogate {100 * history[-1]:.0f} % right after {len(history)} of {c.em_class_rounds} rounds")
-            by_sample, history = error_minimizing(surrogate, x, y, torch.arange(len(x), device=DEVICE), by_class[y], rounds=c.em_sample_rounds,
-                                                  noise_steps=c.em_sample_steps, momentum=0.9, stop_accuracy=math.inf, **common)
-            print(f"em-sample: surrogate {100 * history[-1]:.0f} % right after {len(history)} of {c.em_sample_rounds} rounds")
-            return {"em-class": as_bytes(publish(x, by_class[y])).cpu(), "em-sample": as_bytes(publish(x, by_sample)).cpu()}
-        settings = (c.seed, c.epsilon, c.em_class_rounds, c.em_sample_rounds, c.em_sample_steps, c.victim_widths, c.victim_blocks, c.victim_strides)
-        made = self.stage("protect", make, settings, images, labels, attacks, ResNet, BasicBlock)
-        return {name: as_float(made[name]) for name in PROTECTIONS}
+            noise, history = error_minimizing(surrogate, x, y, rows, start, **how, epsilon=epsilon, step=epsilon / 5, batch_size=c.victim_batch,
+                                              augment=lambda view: crop_flip(view, g), generator=g, report=report)
+            print(f"{report.label}: surrogate {100 * history[-1]:.0f} % right after {len(history)} of {how['rounds']} rounds")
+            return dict(images=as_bytes(publish(x, noise[rows])).cpu(), noise=noise.cpu(), surrogate=surrogate.state_dict())
+
+        def by_class(report, _):
+            g = torch.Generator().manual_seed(c.seed)
+            start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-epsilon, epsilon, generator=g)
+            return protect(y, start.to(DEVICE), report, rounds=c.em_class_rounds, noise_batches=10)
+
+        def by_sample(report, _):
+            surrogate.load_state_dict(em_class["surrogate"])
+            rows, start = torch.arange(len(x), device=DEVICE), em_class["noise"].to(DEVICE)[y]
+            return protect(rows, start, report, rounds=c.em_sample_rounds, noise_steps=c.em_sample_steps, momentum=0.9, stop_accuracy=math.inf)
+        code = (attacks, ResNet, BasicBlock, protect)
+        em_class = self.stage("em-class", by_class, settings, c.em_class_rounds, images, labels, *code)
+        em_sample = self.stage("em-sample", by_sample, settings, c.em_sample_rounds, c.em_sample_steps, em_class["noise"], images, labels, *code)
+        return {"em-class": as_float(em_class["images"]), "em-sample": as_float(em_sample["images"])}
 
     @cached_property
     def purify(self):
-        """{"em-class" | "em-sample": learnable examples (N, 3, H, W)} made from the unlearnable ones."""
+        """{protection: learnable examples (N, 3, H, W)} made from the unlearnable ones."""
         c, les = self.config, {}
         for name, ues in self.protect.items():
-            make = lambda report, _: dict(images=as_bytes(le.purify(self.ddpm, self.vgg, ues, c.sampler, seed=c.seed, report=report)))
-            made = self.stage(f"purify-{name}", make, asdict(c.sampler), c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
-                              unet, perceptual, le)
-            les[name] = as_float(made["images"])
+            def make(report, _):
+                return dict(images=as_bytes(le.purify(self.ddpm, self.vgg, ues, c.sampler, seed=c.seed, report=report)))
+            les[name] = as_float(self.stage(f"{name}-le", make, asdict(c.sampler), c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
+                                            unet, perceptual, le)["images"])
         return les
 
     def victim(self, name, images):
@@ -554,10 +569,12 @@ class Experiment:
         training = dict(epochs=c.victim_epochs, lr=c.victim_lr, batch_size=c.victim_batch, seed=c.seed)
 
         def make(report, _):
-            net = train_classifier(self.classifier(c.seed), images, labels, **training, report=report)
-            return dict(weights=net.state_dict(), accuracy=accuracy(net, *self.sets[c.evaluate]))
-        return self.stage(f"victim-{name}", make, training, c.victim_widths, c.victim_blocks, c.victim_strides, images, labels,
-                          *self.sets[c.evaluate], ResNet, BasicBlock, train_classifier, crop_flip)["accuracy"]
+            return dict(weights=train_classifier(self.classifier(c.seed), images, labels, **training, report=report).state_dict())
+        made = self.stage(f"victim-{name}", make, training, c.victim_widths, c.victim_blocks, c.victim_strides, images, labels,
+                          ResNet, BasicBlock, train_classifier, crop_flip)
+        net = self.classifier(c.seed)
+        net.load_state_dict(made["weights"])
+        return accuracy(net.eval(), *self.sets[c.evaluate])
 
     def victims(self):
         """The table: {"clean": accuracy, "rows": [{"protection", "ue", "le", "recovery", "psnr_ue", "psnr_le"}]}."""
@@ -566,8 +583,8 @@ class Experiment:
         for name in PROTECTIONS:
             ues, les = self.protect[name], self.purify[name]
             ue, le = self.victim(f"{name}-ue", ues), self.victim(f"{name}-le", les)
-            recovery = (le - ue) / (clean - ue) if clean > ue else float("nan")
-            rows.append(dict(protection=name, ue=round(ue, 2), le=round(le, 2), recovery=round(recovery, 3),
+            recovery = round((le - ue) / (clean - ue), 3) if clean > ue else None  # nothing was lost, nothing can be recovered
+            rows.append(dict(protection=name, ue=round(ue, 2), le=round(le, 2), recovery=recovery,
                              psnr_ue=round(psnr(ues, images), 2), psnr_le=round(psnr(les, images), 2)))
         return dict(clean=round(clean, 2), rows=rows)
 
@@ -585,9 +602,10 @@ def psnr(x, y):
 
 def table(results):
     """The results as a Markdown table; accuracies in percent on clean images."""
-    lines = ["| trained on | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---|---|---|---|---|---|---|"]
+    lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---|---|---|---|---|---|---|"]
     for r in results["rows"]:
-        lines.append(f"| {r['protection']} | {results['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {r['recovery']:.2f} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
+        recovery = "-" if r["recovery"] is None else f"{r['recovery']:.2f}"
+        lines.append(f"| {r['protection']} | {results['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {recovery} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
     return "\n".join(lines)
 
 
@@ -637,27 +655,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def switch(text):
-    """The sampler's switch on the command line: a level, or both."""
+def integers(text):
+    """The option 1,2,2 as (1, 2, 2)."""
+    return tuple(int(n) for n in text.split(",") if n)
+
+
+def level_or_both(text):
+    """The option --switch: a level, or `both`."""
     return None if text == "both" else int(text)
 
 
 def parse(argv):
-    """The stage, whether to download, and the Config that argv asks for."""
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("stage", nargs="?", default="all", choices=STAGES)
-    parser.add_argument("--download", action="store_true", help=f"cifar10: fetch {CIFAR10_URL} to --root first")
+    """The stage, whether to download, and the Config that the arguments ask for. Exits with 2 and one line if they make no sense."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    usage="python train.py [stage] [--option value ...]")
+    parser.add_argument("stage", nargs="?", default="all", choices=STAGES, help="default all")
+    parser.add_argument("--download", action="store_true", help="cifar10: fetch the official archive to --root first")
     parser.add_argument("--preset", default="default", choices=SAMPLERS, help="where the sampler's values start from")
     values = [option for option in fields(Config) + fields(le.Sampler) if option.name != "sampler"]
     for option in values:
-        kind = switch if option.name == "switch" else type(option.default)
-        parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, help=f"default {option.default!r}")
+        kind = level_or_both if option.name == "switch" else integers if option.type is tuple else option.type
+        parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, metavar="", help=f"default {option.default}")
     known = {"help", "download", "preset"} | {option.name for option in values}
-    given = sys.argv[1:] if argv is None else argv
-    for option in given:                                   # argparse would take an unknown option's value for the stage
+    for option in argv:                                    # argparse would take an unknown option's value for the stage
         if option.startswith("--") and option.split("=")[0][2:] not in known:
             parser.error(f"unknown option {option}; --help lists them")
-    options = vars(parser.parse_args(given))
+    options = vars(parser.parse_args(argv))
     stage, wanted, sampler = options.pop("stage"), options.pop("download"), SAMPLERS[options.pop("preset")]
     try:
         sampler = replace(sampler, **{f.name: options.pop(f.name) for f in fields(le.Sampler) if f.name in options})
@@ -666,20 +689,26 @@ def parse(argv):
     config = Config(**(PRESETS.get(options.get("data"), {}) | options), sampler=sampler)
     if config.evaluate not in ("test", "validation"):
         parser.error(f"--evaluate {config.evaluate}: expected test or validation")
+    if len(config.victim_widths) != len(config.victim_strides) + 1:
+        parser.error(f"--victim_widths: expected {len(config.victim_strides) + 1} numbers, the stem's and one for each of --victim_strides")
+    if sampler.t_star > config.unet_levels:
+        parser.error(f"--t_star {sampler.t_star}: expected at most --unet_levels = {config.unet_levels}, the levels that the U-Net learns")
     return stage, wanted, config
 
 
 def main(argv=None):
-    stage, wanted, config = parse(argv)
+    stage, wanted, config = parse(sys.argv[1:] if argv is None else argv)
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items()) + f" device={DEVICE}")
     try:
         if wanted and not Path(config.root).exists():
             download(CIFAR10_URL, CIFAR10_SHA256, config.root)
         STAGES[stage](Experiment(config))
     except BadInput as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("\ntrain.py: interrupted; the same command goes on from here", file=sys.stderr) or 130)
+        print("\ntrain.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
