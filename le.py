@@ -17,8 +17,8 @@ class Sampler:
     t_star: int = 100              # noise level that the image is diffused to, 1..1000
     rounds: int = 1                # times that it is diffused and denoised, each round starting from the last one's output
     steps: int = 8                 # strides from t_star to 0, so network evaluations an image = rounds * steps
-    pixel: float = 1e5             # weight of the pixel distance
-    perceptual: float = 1e3        # weight of the perceptual distance
+    pixel: float = 5e4             # weight of the pixel distance
+    perceptual: float = 2e3        # weight of the perceptual distance
     switch: int | None = 40        # pixel distance above this level, perceptual distance from it down; None: both throughout
     target: str = "x0"             # what is compared: "x0": predicted x0 with the UE; "same", "fresh": x_t with the UE diffused
                                    # to level t by the noise of the first diffusion, or by new noise at every step

@@ -60,7 +60,7 @@ class Config:
     # protection
     epsilon: float = 8                # largest change of a channel, of 255
     em_class_rounds: int = 24         # rounds at most of class-wise noise, of 10 training and 10 noise batches
-    em_sample_rounds: int = 8         # rounds at most of sample-wise noise, of 10 training batches and all images
+    em_sample_rounds: int = 10        # rounds of sample-wise noise, of 10 training batches and all images
     em_sample_steps: int = 2          # noise steps on each image a round
     # diffusion model
     unet_width: int = 32
@@ -70,7 +70,7 @@ class Config:
     unet_dropout: float = 0.0
     unet_patch: int = 2
     unet_levels: int = 100            # noise levels 1..unet_levels are trained: those that purification visits
-    unet_steps: int = 5000
+    unet_steps: int = 6500
     unet_batch: int = 16
     unet_lr: float = 4e-3
     unet_ema: float = 0.999
