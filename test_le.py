@@ -494,6 +494,16 @@ def test_split_data_sets_are_disjoint():
     assert len({x.numpy().tobytes() for part, _ in sets.values() for x in part}) == 140
 
 
+def test_split_data_keeps_the_test_batch_of_cifar10_apart(tmp_path):
+    files, data = cifar10_files()
+    ask = train.Config(data="cifar10", root=write_cifar10(tmp_path / "c.tar.gz", files), protected=50, unprotected=30, validation=20, test=15)
+    sets, _ = train.split_data(ask)
+    assert torch.equal(sets["test"][1], torch.from_numpy(data[5, :15, 0]).long())
+    assert len({x.numpy().tobytes() for part, _ in sets.values() for x in part}) == 115
+    with pytest.raises(train.BadInput, match="100 images for 51 protected"):
+        train.split_data(replace(ask, protected=51))
+
+
 def cifar10_files(records=20):
     """The official layout in small: {name: bytes}, and the records (6, records, 3073) in them."""
     data = np.random.default_rng(0).integers(0, 256, (6, records, 3073), dtype=np.uint8)

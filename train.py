@@ -265,28 +265,26 @@ def split_data(config):
     counts = {name: getattr(config, name) for name in ("protected", "unprotected", "validation", "test")}
     if min(counts.values()) < 1:
         raise BadInput(f"--{min(counts, key=counts.get)}: expected at least 1 image in each of the four sets")
-    test = None
+    own_test = {}                                          # CIFAR-10 brings its own test images
     if config.data == "shapes":
-        images, labels = shapes(sum(counts.values()), config.seed, config.size)
-        classes = SHAPES
-        order = torch.arange(len(images))                  # independent already, and every set has the classes in equal parts
+        (images, labels), classes = shapes(sum(counts.values()), config.seed, config.size), SHAPES
     elif config.data == "cifar10":
-        (images, labels), test = cifar10(config.root)
-        classes = CIFAR10_CLASSES
-        test = tuple(part[:counts.pop("test")] for part in test)
+        (images, labels), (test_images, test_labels) = cifar10(config.root)
+        classes, n = CIFAR10_CLASSES, counts.pop("test")
+        own_test = {"test": (test_images[:n], test_labels[:n])}
     elif Path(config.data).is_dir():
         images, labels, classes = folder(config.data, config.size)
         total = sum(counts.values())
         counts = {name: max(1, n * len(images) // total) for name, n in counts.items()}
     else:
         raise BadInput(f"--data {config.data}: expected shapes, cifar10 or an existing folder")
-    if config.data != "shapes":
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
     if sum(counts.values()) > len(images):
         raise BadInput(f"{config.data}: {len(images)} images for {' + '.join(f'{n} {name}' for name, n in counts.items())}; ask for fewer")
-    parts = dict(zip(counts, order.split(list(counts.values()) + [len(order) - sum(counts.values())])))
-    sets = {name: (images[part], labels[part]) for name, part in parts.items()}
-    return (sets if test is None else sets | {"test": test}), classes
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+    if config.data == "shapes":
+        order = torch.arange(len(images))                  # independent already, and each set gets its classes in equal parts
+    parts = order[:sum(counts.values())].split(list(counts.values()))
+    return {name: (images[part], labels[part]) for name, part in zip(counts, parts)} | own_test, classes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
