@@ -358,8 +358,8 @@ def accuracy(model, images, labels):
 def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, report, partial, checkpoint_seconds=30):
     """Train in place by Ho et al. 2020, Algorithm 1, on noise levels 1..levels; returns the EMA of the weights (a state dict).
 
-    Every step draws from its own seed, so a run resumed from `partial` (a file written every `checkpoint_seconds`) ends where an uninterrupted
-    one does. The learning rate warms up over 100 steps and falls to zero along a half cosine.
+    Every step draws from its own seed, so a run resumed from `partial`, a file written every `checkpoint_seconds`, ends where an
+    uninterrupted one does. The learning rate warms up over 100 steps and falls to zero along a half cosine.
     """
     optimizer, ema, start = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99)), EMA(net, ema_decay), 0
     if partial.exists():
@@ -370,19 +370,18 @@ def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, r
     net.train()
     written = time.time()
     for step in range(start, steps):
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        torch.manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
-        x0 = images[torch.randint(len(images), (batch_size,), generator=g)] * 2 - 1
-        x0 = torch.where(torch.rand(batch_size, 1, 1, 1, generator=g) < 0.5, x0.flip(3), x0)
-        t = torch.randint(1, levels + 1, (batch_size,), generator=g)
-        eps = torch.randn(x0.shape, generator=g)
+        x0 = images[torch.randint(len(images), (batch_size,))] * 2 - 1
+        x0 = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, x0.flip(3), x0)
+        t, eps = torch.randint(1, levels + 1, (batch_size,)), torch.randn_like(x0)
         loss = ddpm_loss(net, batch_of(x0), t.to(DEVICE), batch_of(eps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ema.update(net)
-        if step % 10 == 9:
+        if step % 10 == 9 or step == steps - 1:
             report(step + 1, steps, loss=loss.item())
         if time.time() - written > checkpoint_seconds:
             save(partial, dict(step=step + 1, net=net.state_dict(), ema=ema.weights, optimizer=optimizer.state_dict()))
@@ -441,7 +440,7 @@ def digest(*things):
         elif inspect.isclass(thing) or inspect.isfunction(thing):
             node = SYNTAX[thing.__module__]
             for name in thing.__qualname__.replace(".<locals>", "").split("."):
-                node = next(child for child in ast.walk(node) if getattr(child, "name", None) == name)
+                node = next(inner for inner in ast.walk(node) if inner is not node and getattr(inner, "name", None) == name)
             sha.update(ast.dump(node).encode())
         else:
             sha.update(repr(thing).encode())
@@ -456,7 +455,7 @@ class Experiment:
 
     def __init__(self, config):
         self.config = config
-        self.run = Path(config.out or f"runs/{Path(config.data).name}")
+        self.run = Path(config.out or f"runs/{Path(config.data).resolve().name}")
         self.sets, self.classes = split_data(config)
         self.seconds = {}
         self.run.mkdir(parents=True, exist_ok=True)
