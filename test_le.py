@@ -134,6 +134,11 @@ def test_unet_paper_configuration_has_the_released_number_of_parameters():
         assert sum(p.numel() for p in UNet().parameters()) == 35_746_307
 
 
+@pytest.mark.parametrize("channels, groups", [(128, 32), (384, 32), (144, 24), (8, 2), (3, 1)])
+def test_norm_has_at_most_32_groups_and_never_a_channel_alone(channels, groups):
+    assert unet.norm(channels).num_groups == groups
+
+
 def test_unet_is_fed_t_minus_one():
     net, seen = UNet(**TINY), []
     net.temb.dense[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
@@ -648,7 +653,7 @@ def test_main_tells_the_whole_story_and_reuses_it(tmp_path, capsys):
     train.main(SMALL + ["--out", str(run)])
     first = capsys.readouterr()
     results = json.loads((run / "results.json").read_text())
-    assert [row["protection"] for row in results["rows"]] == list(train.PROTECTIONS)
+    assert [row["protection"] for row in results["rows"]] == ["em-class", "em-sample"]
     assert set(results) == {"data", "seed", "config", "clean", "rows", "seconds"} and set(results["rows"][0]) == {"protection", "ue", "le", "recovery", "psnr_ue", "psnr_le"}
     assert all(20 < row["psnr_ue"] < 60 and 0 <= row["le"] <= 100 for row in results["rows"])
     assert "| em-class |" in first.out and Image.open(run / "figure.png").width > 500
@@ -677,6 +682,7 @@ def test_main_runs_one_stage_on_a_folder(tmp_path):
     (["--data", "nowhere"], "expected shapes, cifar10 or an existing folder"),
     (["--data", "cifar10", "--root", "nowhere.tar.gz"], "nowhere.tar.gz: no such file"),
     (["--protected", "0"], "--protected"),
+    (["--em_class_rounds", "0"], "--em_class_rounds"),
     (["--steps", "99", "--t_star", "36"], "steps"),
     (["--t_star", "200"], "--unet_levels"),
     (["--victim_strides", "2,2"], "--victim_widths"),

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import tarfile
+import textwrap
 import time
 import urllib.request
 import zlib
@@ -261,10 +262,11 @@ def folder(root, size):
 
 
 def split_data(config):
-    """The four disjoint sets {"protected" | "unprotected" | "validation" | "test": (images, labels)} and the class names."""
+    """The four disjoint sets {"protected" | "unprotected" | "validation" | "test": (images, labels)} and the class names.
+
+    Raises BadInput if there is no such data, or less of it than config asks for.
+    """
     counts = {name: getattr(config, name) for name in ("protected", "unprotected", "validation", "test")}
-    if min(counts.values()) < 1:
-        raise BadInput(f"--{min(counts, key=counts.get)}: expected at least 1 image in each of the four sets")
     own_test = {}                                          # CIFAR-10 brings its own test images
     if config.data == "shapes":
         (images, labels), classes = shapes(sum(counts.values()), config.seed, config.size), SHAPES
@@ -577,8 +579,8 @@ class Experiment:
         """The table: {"clean": accuracy, "rows": [{"protection", "ue", "le", "recovery", "psnr_ue", "psnr_le"}]}."""
         images, rows = self.sets["protected"][0], []
         clean = self.victim("clean", images)
-        for name in PROTECTIONS:
-            ues, les = self.protect[name], self.purify[name]
+        for name, ues in self.protect.items():
+            les = self.purify[name]
             ue, le = self.victim(f"{name}-ue", ues), self.victim(f"{name}-le", les)
             recovery = round((le - ue) / (clean - ue), 3) if clean > ue else None  # nothing was lost, nothing can be recovered
             rows.append(dict(protection=name, ue=round(ue, 2), le=round(le, 2), recovery=recovery,
@@ -588,9 +590,6 @@ class Experiment:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
-
-PROTECTIONS = ("em-class", "em-sample")
-
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of two sets of images in [0, 1], from their mean squared difference."""
@@ -611,8 +610,8 @@ def figure(experiment, path, amplify=16, zoom=2, columns=10):
     originals, labels = experiment.sets["protected"]
     chosen = [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:columns]
     rows = [("original", originals)]
-    for name in PROTECTIONS:
-        ues, les = experiment.protect[name], experiment.purify[name]
+    for name, ues in experiment.protect.items():
+        les = experiment.purify[name]
         rows += [(f"{name} UE", ues), (f"UE - original, x{amplify}", 0.5 + amplify * (ues - originals)),
                  (f"{name} LE", les), (f"LE - original, x{amplify}", 0.5 + amplify * (les - originals))]
     cell, gap, margin = originals.shape[-1] * zoom, 4, 130
@@ -633,10 +632,9 @@ def run_all(experiment):
     results = dict(data=config.data, seed=config.seed, config=asdict(config), **experiment.victims(), seconds=experiment.seconds)
     (run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     figure(experiment, run / "figure.png")
-    print("\nseconds: " + ", ".join(f"{name} {s:.0f}" for name, s in experiment.seconds.items()) + f"; all {sum(experiment.seconds.values()):.0f}")
-    print(f"accuracy in percent on clean {config.evaluate} images, of victims trained on clean images, UEs and LEs:\n")
-    print(table(results))
-    print(f"\n{run}/results.json, {run}/figure.png")
+    seconds = ", ".join(f"{name} {s:.0f}" for name, s in experiment.seconds.items())
+    print(textwrap.fill(f"seconds: {seconds}; all {sum(experiment.seconds.values()):.0f}", 120))
+    print(f"\n{table(results)}\n\nAccuracy in percent on clean {config.evaluate} images. More in {run}/results.json and {run}/figure.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -684,6 +682,10 @@ def parse(argv):
     except ValueError as error:
         parser.error(error)
     config = Config(**(PRESETS.get(options.get("data"), {}) | options), sampler=sampler)
+    for option in fields(Config):
+        value = getattr(config, option.name)
+        if option.type in (int, float) and option.name not in ("seed", "unet_dropout") and not value > 0:
+            parser.error(f"--{option.name} {value}: expected a number above 0")
     if config.evaluate not in ("test", "validation"):
         parser.error(f"--evaluate {config.evaluate}: expected test or validation")
     if len(config.victim_widths) != len(config.victim_strides) + 1:
@@ -695,7 +697,8 @@ def parse(argv):
 
 def main(argv=None):
     stage, wanted, config = parse(sys.argv[1:] if argv is None else argv)
-    print(" ".join(f"{name}={value}" for name, value in asdict(config).items()) + f" device={DEVICE}")
+    resolved = asdict(config) | asdict(config.sampler) | dict(device=DEVICE)
+    print(textwrap.fill(" ".join(f"{name}={str(value).replace(' ', '')}" for name, value in resolved.items() if name != "sampler"), 120))
     try:
         if wanted and not Path(config.root).exists():
             download(CIFAR10_URL, CIFAR10_SHA256, config.root)

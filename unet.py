@@ -63,7 +63,8 @@ def ddpm_loss(unet, x0, t, eps):
 
 def norm(channels):
     """GroupNorm with 32 groups as in Ho et al., fewer in a narrow network: alone in its group, a channel would lose its time embedding."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = next(g for g in range(max(1, min(32, channels // 4)), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
