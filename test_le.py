@@ -699,7 +699,8 @@ def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, argum
 
 def test_main_interrupted_says_how_to_go_on(tmp_path):
     command = [sys.executable, HERE / "train.py", "ddpm", *SMALL, "--unet_steps", "1000000", "--out", tmp_path / "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test runner in the background ignores it, and so would its children
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     process.stderr.readline()                              # the first progress line: training is under way
     process.send_signal(signal.SIGINT)
     assert "goes on from here" in process.communicate(timeout=30)[1] and process.returncode == 130
