@@ -581,9 +581,9 @@ class Experiment:
         clean = self.victim("clean", images)
         for name, ues in self.protect.items():
             les = self.purify[name]
-            ue, le = self.victim(f"{name}-ue", ues), self.victim(f"{name}-le", les)
-            recovery = round((le - ue) / (clean - ue), 3) if clean > ue else None  # nothing was lost, nothing can be recovered
-            rows.append(dict(protection=name, ue=round(ue, 2), le=round(le, 2), recovery=recovery,
+            on_ue, on_le = self.victim(f"{name}-ue", ues), self.victim(f"{name}-le", les)
+            recovery = round((on_le - on_ue) / (clean - on_ue), 3) if clean > on_ue else None  # nothing was lost, nothing can be recovered
+            rows.append(dict(protection=name, ue=round(on_ue, 2), le=round(on_le, 2), recovery=recovery,
                              psnr_ue=round(psnr(ues, images), 2), psnr_le=round(psnr(les, images), 2)))
         return dict(clean=round(clean, 2), rows=rows)
 
@@ -633,7 +633,7 @@ def run_all(experiment):
     (run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     figure(experiment, run / "figure.png")
     seconds = ", ".join(f"{name} {s:.0f}" for name, s in experiment.seconds.items())
-    print(textwrap.fill(f"seconds: {seconds}; all {sum(experiment.seconds.values()):.0f}", 120))
+    print(textwrap.fill(f"seconds: {seconds}; all {sum(experiment.seconds.values()):.0f}", 120, break_on_hyphens=False))
     print(f"\n{table(results)}\n\nAccuracy in percent on clean {config.evaluate} images. More in {run}/results.json and {run}/figure.png")
 
 
@@ -698,7 +698,7 @@ def parse(argv):
 def main(argv=None):
     stage, wanted, config = parse(sys.argv[1:] if argv is None else argv)
     resolved = asdict(config) | asdict(config.sampler) | dict(device=DEVICE)
-    print(textwrap.fill(" ".join(f"{name}={str(value).replace(' ', '')}" for name, value in resolved.items() if name != "sampler"), 120))
+    print(textwrap.fill(" ".join(f"{name}={str(value).replace(' ', '')}" for name, value in resolved.items() if name != "sampler"), 120, break_on_hyphens=False))
     try:
         if wanted and not Path(config.root).exists():
             download(CIFAR10_URL, CIFAR10_SHA256, config.root)
