@@ -663,14 +663,15 @@ def level_or_both(text):
 def parse(argv):
     """The stage, whether to download, and the Config that the arguments ask for. Exits with 2 and one line if they make no sense."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    usage="python train.py [stage] [--option value ...]")
+                    usage="python train.py [stage] [--option value ...]", epilog="Defaults are those of shapes; PRESETS has cifar10's.")
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES, help="default all")
     parser.add_argument("--download", action="store_true", help="cifar10: fetch the official archive to --root first")
     parser.add_argument("--preset", default="default", choices=SAMPLERS, help="where the sampler's values start from")
     values = [option for option in fields(Config) + fields(le.Sampler) if option.name != "sampler"]
     for option in values:
         kind = level_or_both if option.name == "switch" else integers if option.type is tuple else option.type
-        parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, metavar="", help=f"default {option.default}")
+        shown = ",".join(map(str, option.default)) if option.type is tuple else option.default
+        parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, metavar="", help=f"default {shown}")
     known = {"help", "download", "preset"} | {option.name for option in values}
     for option in argv:                                    # argparse would take an unknown option's value for the stage
         if option.startswith("--") and option.split("=")[0][2:] not in known:
