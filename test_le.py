@@ -697,6 +697,13 @@ def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, argum
     assert not list(tmp_path.iterdir())                    # nothing half-written
 
 
+def test_parse_lets_options_override_the_preset_of_the_data():
+    assert train.parse([])[2] == train.Config()
+    ours = train.parse(["--data", "cifar10", "--steps", "7", "--victim_widths", "8,8,8", "--victim_strides", "2,2"])[2]
+    assert ours.protected == 6000 and ours.victim_widths == (8, 8, 8) and ours.sampler == replace(train.PRESETS["cifar10"]["sampler"], steps=7)
+    assert train.parse(["--data", "cifar10", "--preset", "released", "--switch", "both"])[2].sampler == replace(RELEASED, switch=None)
+
+
 def test_main_interrupted_says_how_to_go_on(tmp_path):
     command = [sys.executable, HERE / "train.py", "ddpm", *SMALL, "--unet_steps", "1000000", "--out", tmp_path / "run"]
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test runner in the background ignores it, and so would its children
