@@ -60,7 +60,8 @@ class Config:
     victim_lr: float = 0.1
     # protection
     epsilon: float = 8                # largest change of a channel, of 255
-    em_class_rounds: int = 24         # rounds at most of class-wise noise, of 10 training and 10 noise batches
+    em_class_rounds: int = 40         # rounds of class-wise noise, of 10 training and 10 noise batches
+    em_class_momentum: float = 0.9    # of its gradient
     em_sample_rounds: int = 10        # rounds of sample-wise noise, of 10 training batches and all images
     em_sample_steps: int = 2          # noise steps on each image a round
     # diffusion model
@@ -88,7 +89,7 @@ class Config:
 # What differs from the defaults above
 PRESETS = {
     "cifar10": dict(protected=6000, unprotected=5500, validation=500, test=2400, victim_widths=(16, 32, 64, 128), victim_epochs=30,
-                    em_sample_rounds=12, unet_width=48, unet_steps=10000, vgg_epochs=40,
+                    em_class_rounds=24, em_class_momentum=0.0, em_sample_rounds=12, unet_width=48, unet_steps=10000, vgg_epochs=40,
                     sampler=le.Sampler(rounds=3, steps=5, pixel=0.0, perceptual=0.0)),  # with this prior, either condition cost accuracy
 }
 
@@ -523,8 +524,8 @@ class Experiment:
     def protect(self):
         """{protection: unlearnable examples (N, 3, H, W)} of the protected images.
 
-        Sample-wise noise starts from the class-wise and its surrogate, as He et al. 2023 do for theirs, and runs all its rounds:
-        it is learnable from the start, and needs them to become each image's own.
+        Sample-wise noise starts from the class-wise and its surrogate, as He et al. 2023 do for theirs. Both run all their rounds:
+        noise that a surrogate has just learned still leaves a victim some of the picture, or is not yet each image's own.
         """
         c, (images, labels) = self.config, self.sets["protected"]
         x, y, epsilon = batch_of(images), labels.to(DEVICE), c.epsilon / 255
@@ -534,21 +535,21 @@ class Experiment:
         def protect(rows, start, report, **how):
             g = torch.Generator().manual_seed(c.seed)
             noise, history = error_minimizing(surrogate, x, y, rows, start, **how, epsilon=epsilon, step=epsilon / 5, batch_size=c.victim_batch,
-                                              augment=lambda view: crop_flip(view, g), generator=g, report=report)
-            print(f"{report.label}: surrogate {100 * history[-1]:.0f} % right after {len(history)} of {how['rounds']} rounds")
+                                              stop_accuracy=math.inf, augment=lambda view: crop_flip(view, g), generator=g, report=report)
+            print(f"{report.label}: surrogate {100 * history[-1]:.0f} % right after {len(history)} rounds")
             return dict(images=as_bytes(publish(x, noise[rows])).cpu(), noise=noise.cpu(), surrogate=surrogate.state_dict())
 
         def by_class(report, _):
             g = torch.Generator().manual_seed(c.seed)
             start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-epsilon, epsilon, generator=g)
-            return protect(y, start.to(DEVICE), report, rounds=c.em_class_rounds, noise_batches=10)
+            return protect(y, start.to(DEVICE), report, rounds=c.em_class_rounds, noise_batches=10, momentum=c.em_class_momentum)
 
         def by_sample(report, _):
             surrogate.load_state_dict(em_class["surrogate"])
             rows, start = torch.arange(len(x), device=DEVICE), em_class["noise"].to(DEVICE)[y]
-            return protect(rows, start, report, rounds=c.em_sample_rounds, noise_steps=c.em_sample_steps, momentum=0.9, stop_accuracy=math.inf)
+            return protect(rows, start, report, rounds=c.em_sample_rounds, noise_steps=c.em_sample_steps, momentum=0.9)
         code = (attacks, ResNet, BasicBlock, protect)
-        em_class = self.stage("em-class", by_class, settings, c.em_class_rounds, images, labels, *code)
+        em_class = self.stage("em-class", by_class, settings, c.em_class_rounds, c.em_class_momentum, images, labels, *code)
         em_sample = self.stage("em-sample", by_sample, settings, c.em_sample_rounds, c.em_sample_steps, em_class["noise"], images, labels, *code)
         return {"em-class": as_float(em_class["images"]), "em-sample": as_float(em_sample["images"])}
 
@@ -686,7 +687,7 @@ def parse(argv):
         parser.error(error)
     for option in fields(Config):
         value = getattr(config, option.name)
-        if option.type in (int, float) and option.name not in ("seed", "unet_dropout") and not value > 0:
+        if option.type in (int, float) and option.name not in ("seed", "unet_dropout", "em_class_momentum") and not value > 0:
             parser.error(f"--{option.name} {value}: expected a number above 0")
     if config.evaluate not in ("test", "validation"):
         parser.error(f"--evaluate {config.evaluate}: expected test or validation")
