@@ -62,7 +62,7 @@ class Config:
     epsilon: float = 8                # largest change of a channel, of 255
     em_class_rounds: int = 40         # rounds of class-wise noise, of 10 training and 10 noise batches
     em_class_momentum: float = 0.9    # of its gradient
-    em_sample_rounds: int = 14        # rounds of sample-wise noise, of 10 training batches and all images
+    em_sample_rounds: int = 10        # rounds of sample-wise noise, of 10 training batches and all images
     em_sample_steps: int = 2          # noise steps on each image a round
     # diffusion model
     unet_width: int = 32
