@@ -7,12 +7,10 @@ import ast
 import io
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import replace
 from pathlib import Path
 

@@ -470,9 +470,8 @@ class Experiment:
         `partial` is where an unfinished stage may keep its state; it is deleted when the stage is done.
         """
         key, path = digest(name, DEVICE, make, *depends), self.run / f"{name}.pt"
-        if path.exists():
-            result = torch.load(path, map_location="cpu", weights_only=True)
-        if not path.exists() or result.get("key") != key:
+        result = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        if result.get("key") != key:
             partial, start = self.run / f"{name}.{key[:8]}.partial", time.time()
             result = make(Progress(name), partial)
             result |= dict(key=key, seconds=round(time.time() - start, 1))
