@@ -5,6 +5,8 @@ Two images are close if a network that names things sees the same things at the 
 import torch
 from torch import nn
 
+from unet import fit_weights, read
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, which VGG weights expect
 
 
@@ -73,11 +75,35 @@ class PerceptualDistance(nn.Module):
         return (self.embed(x) - self.embed(y)).square().sum(1)
 
 
-def load(path, device="cpu"):
-    """The perceptual distance over the VGG in a checkpoint of `train.py vgg`. Raises ValueError if the file is something else."""
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
-    if not isinstance(checkpoint, dict) or not {"config", "weights"} <= set(checkpoint):
-        raise ValueError(f"{path}: not a VGG checkpoint, expected the keys config and weights")
-    vgg = VGG(**checkpoint["config"])
-    vgg.load_state_dict(checkpoint["weights"])
-    return PerceptualDistance(vgg).to(device)
+WEIGHTS = {  # official address and sha256
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth",
+                           "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+    "lpips-vgg.pth": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+                      "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+}
+
+
+def load(path, weights=None, device="cpu"):
+    """The perceptual distance over the VGG in a file: a checkpoint of `train.py vgg`, or torchvision's vgg16 (vgg16-397923af.pth).
+
+    `weights` is a file with LPIPS's linear layers, version 0.1 (`lin0.model.1.weight` ...); without it every channel counts the same.
+    Raises ValueError if a file is something else, naming the first key that differs.
+    """
+    checkpoint = read(path, device)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected the weights of a VGG")
+    if {"config", "weights"} <= set(checkpoint):
+        vgg, state = VGG(**checkpoint["config"]), checkpoint["weights"]
+    elif "features.0.weight" in checkpoint:
+        vgg, state = VGG(), {name: w for name, w in checkpoint.items() if name.startswith("features.")}
+        vgg.classifier = nn.Identity()                     # torchvision's wants 224x224 images; the distance needs none
+    else:
+        raise ValueError(f"{path}: not a VGG checkpoint; expected the keys config and weights, or torchvision's features.0.weight")
+    fit_weights(path, vgg, state)
+    if weights is not None:
+        path, linear = weights, read(weights, device)
+        names = [f"lin{i}.model.1.weight" for i in range(5)]
+        if not isinstance(linear, dict) or not set(names) <= set(linear):
+            raise ValueError(f"{path}: not LPIPS's linear layers; expected {names[0]} to {names[-1]}")
+        weights = [linear[name].flatten() for name in names]
+    return PerceptualDistance(vgg, weights).to(device)

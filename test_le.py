@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 import attacks
 import le
 import perceptual
 import train
 import unet
-from attacks import EPSILON, crop_flip, error_minimizing, noise_step, publish, resample
+from attacks import EPSILON, classify, crop_flip, find_partner, min_min, noise_step, nt_xent_scores, publish, resample
 from le import RELEASED, Sampler, guidance, joint_conditioned_mean, purify
 from perceptual import VGG, PerceptualDistance
 from unet import ALPHA_BAR, BETA, EMA, T, UNet, ddpm_loss, levels, p_sample, posterior, predict_x0, q_sample, sample, sigma
@@ -197,6 +197,86 @@ def test_save_load_unet_round_trip_and_refusal(tmp_path):
         unet.load(tmp_path / "other.pt")
 
 
+RELEASED_LIKE = dict(width=128, mults=(1, 1), blocks=1, attention=(16,), dropout=0.1, patch=1)
+
+
+def in_diffusers_names(weights, attention):
+    """Our names as diffusers spells them, written out by hand for two resolutions of one block: (ours, theirs), the decoder upside down."""
+    prefixes = [("temb.dense.0", "time_embedding.linear_1"), ("temb.dense.1", "time_embedding.linear_2"), ("norm_out", "conv_norm_out"),
+                ("down.0.block", "down_blocks.0.resnets"), ("down.1.block", "down_blocks.1.resnets"), ("down.1.attn", "down_blocks.1.attentions"),
+                ("down.0.downsample", "down_blocks.0.downsamplers.0"), ("mid.block_1", "mid_block.resnets.0"), ("mid.block_2", "mid_block.resnets.1"),
+                ("mid.attn_1", "mid_block.attentions.0"), ("up.1.block", "up_blocks.0.resnets"), ("up.1.attn", "up_blocks.0.attentions"),
+                ("up.1.upsample", "up_blocks.0.upsamplers.0"), ("up.0.block", "up_blocks.1.resnets"), ("conv_in", "conv_in"), ("conv_out", "conv_out")]
+    parts = {".temb_proj.": ".time_emb_proj.", ".nin_shortcut.": ".conv_shortcut.", **attention}
+    theirs = {}
+    for name, w in weights.items():
+        ours, start = next((o, t) for o, t in prefixes if name.startswith(o + "."))
+        new = start + name[len(ours):]
+        if "attentions" in new:
+            new = new.replace(".norm.", ".group_norm.")
+            w = w.flatten(1) if w.ndim == 4 else w         # 1x1 convolutions are linear layers there
+        for a, b in parts.items():
+            new = new.replace(a, b)
+        theirs[new] = w.clone()
+    return theirs
+
+
+def write_safetensors(path, weights):
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, w in weights.items():
+        raw = w.contiguous().numpy().tobytes()
+        header[name], data = dict(dtype="F32", shape=list(w.shape), data_offsets=[len(data), len(data) + len(raw)]), data + raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("layout", ["released diffusers", "newer diffusers", "safetensors", "port", "port's training state"])
+def test_load_unet_reads_released_layouts(tmp_path, layout):
+    net, x, path = awake(UNet(**RELEASED_LIKE)), torch.randn(1, 3, 32, 32), tmp_path / "released.bin"
+    ours, q = net.state_dict(), [".q.", ".k.", ".v.", ".proj_out."]
+    if "port" in layout:
+        averaged = {f"module.{name}": w for name, w in ours.items()}
+        torch.save(averaged if layout == "port" else [{name: w + 1 for name, w in averaged.items()}, {"state": {}}, 3, 790000, averaged], path)
+    else:
+        names = [".query.", ".key.", ".value.", ".proj_attn."] if layout == "released diffusers" else [".to_q.", ".to_k.", ".to_v.", ".to_out.0."]
+        theirs = in_diffusers_names(ours, dict(zip(q, names)))
+        assert not any(".attn" in name for name in theirs)
+        if layout == "safetensors":
+            write_safetensors(path := tmp_path / "released.safetensors", theirs)
+        else:
+            torch.save(theirs, path)
+    loaded = unet.load(path)
+    assert loaded.config == net.config and torch.equal(loaded(x, 7), net(x, 7))
+
+
+def test_load_unet_names_the_first_key_that_differs(tmp_path):
+    weights = UNet(**RELEASED_LIKE).state_dict()
+    for change, message in ((lambda w: w.pop("norm_out.weight"), "norm_out.weight is nothing"), (lambda w: w.update(extra=torch.ones(2)), r"extra is \[2\]"),
+                            (lambda w: w.update({"mid.block_1.norm1.bias": torch.ones(3)}), r"mid.block_1.norm1.bias is \[3\], expected \[128\]")):
+        changed = dict(weights)
+        change(changed)
+        torch.save(changed, tmp_path / "u.pt")
+        with pytest.raises(ValueError, match=message):
+            unet.load(tmp_path / "u.pt")
+
+
+class Malice:
+    def __reduce__(self):
+        return print, ("this file ran code",)
+
+
+def test_read_runs_no_code(tmp_path, capsys):
+    torch.save({"config": Malice()}, tmp_path / "evil.pt")
+    np.save(tmp_path / "evil.npy", np.array([Malice()]), allow_pickle=True)
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    for name in ("evil.pt", "text.safetensors"):
+        with pytest.raises(ValueError, match=name):
+            unet.read(tmp_path / name)
+    with pytest.raises(le.BadInput, match="evil.npy"):
+        le.read_array(tmp_path / "evil.npy")
+    assert "ran code" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # perceptual.py
 
@@ -255,6 +335,20 @@ def test_PerceptualDistance_refuses_weights_that_do_not_fit():
         small_distance(weights=[torch.ones(3)] * 5)
 
 
+def test_load_perceptual_reads_torchvisions_vgg16_and_lpips_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(VGG.__init__, "__defaults__", (8, (2, 2, 3, 3, 3), 10))  # VGG-16 with fewer channels: the same names
+    vgg, linear = awake(VGG()), [torch.rand(c) for c in (8, 16, 32, 64, 64)]
+    torch.save({name: w for name, w in vgg.state_dict().items() if "features" in name} | {"classifier.0.weight": torch.ones(1)}, tmp_path / "vgg16.pth")
+    torch.save({f"lin{i}.model.1.weight": w.view(1, -1, 1, 1) for i, w in enumerate(linear)}, tmp_path / "lpips.pth")
+    x, y = images(2), images(2)
+    assert torch.equal(perceptual.load(tmp_path / "vgg16.pth")(x, y), PerceptualDistance(vgg)(x, y))
+    assert torch.equal(perceptual.load(tmp_path / "vgg16.pth", tmp_path / "lpips.pth")(x, y), PerceptualDistance(vgg, linear)(x, y))
+    with pytest.raises(ValueError, match="lin0.model.1.weight"):
+        perceptual.load(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth")
+    with pytest.raises(ValueError, match="features.0.weight"):
+        perceptual.load(tmp_path / "lpips.pth")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # attacks.py
 
@@ -283,6 +377,93 @@ def test_crop_flip_gradient_goes_back_to_the_pixels_in_view():
     assert set(ones.unique().tolist()) == {0.0, 1.0}       # each pixel is seen once or is outside the crop
 
 
+@pytest.mark.parametrize("start, length, n_out", [(0.0, 32.0, 32), (3.3, 17.5, 32), (0.0, 32.0, 20), (5.25, 25.0, 20)])
+def test_bilinear_is_pillows(start, length, n_out):
+    x = torch.rand(32, 32)
+    matrix = attacks.bilinear(torch.tensor([start]), torch.tensor([length]), 32, n_out)
+    pillow = Image.fromarray(x.numpy()).resize((n_out, n_out), Image.Resampling.BILINEAR, (start, start, start + length, start + length))
+    assert torch.allclose(resample(x[None, None], matrix, matrix)[0, 0], torch.from_numpy(np.array(pillow)), atol=1e-5)
+
+
+def test_random_resized_crop_draws_boxes_of_the_asked_area_and_aspect():
+    ramp = torch.arange(32.0) + 0.5                        # an image of coordinates: the view says which box it shows
+    x = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32), torch.ones(32, 32)]).expand(500, -1, -1, -1)
+    view = attacks.random_resized_crop(x, torch.Generator().manual_seed(0), 16)
+    assert view.shape == (500, 3, 16, 16) and torch.allclose(view[:, 2], torch.ones(500, 16, 16))  # weights of an output pixel add up to one
+    width, height = ((view[:, c, 4:12, 4:12].amax((1, 2)) - view[:, c, 4:12, 4:12].amin((1, 2))) * 16 / 7 for c in (0, 1))
+    area, aspect = width * height / 1024, width / height
+    assert 0.19 < area.min() < 0.25 and 0.85 < area.max() < 1.01 and 0.7 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.4
+    assert 0.4 < (view[:, 0, 0, 0] > view[:, 0, 0, -1]).float().mean() < 0.6  # half of them flipped
+
+
+COLOUR = [("brightness", ImageEnhance.Brightness, 1), ("contrast", ImageEnhance.Contrast, 2), ("saturation", ImageEnhance.Color, 2)]
+
+
+@pytest.mark.parametrize("name, pillow, levels", COLOUR)
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
+def test_brightness_contrast_saturation_are_pillows(name, pillow, levels, factor):
+    x = images(1)
+    expected = np.array(pillow(Image.fromarray((x[0] * 255).byte().permute(1, 2, 0).numpy())).enhance(factor))
+    got = getattr(attacks, name)(x, torch.full((1, 1, 1, 1), factor))[0].permute(1, 2, 0) * 255
+    assert np.abs(got.numpy() - expected).max() <= levels  # Pillow rounds to 8 bits on the way
+
+
+@pytest.mark.parametrize("turn", [0, 25, -25, 128])
+def test_hue_is_pillows(turn):
+    x = images(1)
+    hsv = np.array(Image.fromarray((x[0] * 255).round().byte().permute(1, 2, 0).numpy()).convert("HSV"))
+    hsv[..., 0] += np.uint8(turn % 256)                    # Pillow keeps hue and saturation in 8 bits: compare most pixels closely
+    expected = np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
+    got = attacks.hue(x, torch.full((1, 1, 1, 1), turn / 256))[0].permute(1, 2, 0) * 255
+    assert np.quantile(np.abs(got.numpy() - expected), 0.95) <= 4 and np.abs(got.numpy() - expected).max() <= 12
+
+
+def test_hue_keeps_value_and_chroma_and_leaves_grey_alone():
+    x, grey = images(2), images(2)[:, :1].expand(-1, 3, -1, -1)
+    y = attacks.hue(x, torch.rand(2, 1, 1, 1))
+    assert torch.allclose(y.amax(1), x.amax(1)) and torch.allclose(y.amin(1), x.amin(1), atol=1e-6)
+    assert torch.equal(attacks.hue(grey, torch.rand(2, 1, 1, 1)), grey) and torch.allclose(attacks.hue(x, torch.zeros(1)), x, atol=1e-6)
+
+
+def test_grayscale_is_pillows_for_a_fifth_of_the_images():
+    x = images(400, 4)
+    y = attacks.grayscale(x, torch.Generator().manual_seed(0))
+    changed = (y != x).flatten(1).any(1)
+    i = changed.nonzero()[0, 0]
+    expected = np.array(Image.fromarray((x[i] * 255).round().byte().permute(1, 2, 0).numpy()).convert("L"))
+    assert 0.15 < changed.float().mean() < 0.25 and np.abs(y[i].numpy() * 255 - expected).max() <= 1
+
+
+def test_mix_colours_is_linear_around_the_mean_and_differs_from_image_to_image():
+    x = images(2).repeat(1, 1, 1, 1)
+    mixed = lambda x: attacks.mix_colours(x, torch.Generator().manual_seed(0)) - 0.5
+    flat = x.mean((2, 3), keepdim=True)
+    assert torch.allclose(mixed(flat + 3 * (x - flat)), 3 * mixed(x), atol=1e-4) and mixed(x).mean((2, 3)).abs().max() < 1e-5
+    twins = mixed(x[:1].repeat(2, 1, 1, 1))
+    assert not torch.allclose(twins[0], twins[1], atol=0.1)
+
+
+AUGMENTATIONS = {"random_resized_crop": lambda x, g: attacks.random_resized_crop(x, g, 8), "mix_colours": attacks.mix_colours,
+                 "grayscale": attacks.grayscale, "colour_jitter": attacks.colour_jitter, "simclr": attacks.simclr_view, "outline": attacks.outline_view}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_gradient_by_finite_differences(name):
+    view = lambda x: AUGMENTATIONS[name](x, torch.Generator().manual_seed(1)).square().sum()
+    x = (0.2 + 0.6 * torch.rand(6, 3, 16, 16, dtype=torch.float64)).requires_grad_()
+    gradient, = torch.autograd.grad(view(x), x)
+    direction, h = torch.randn_like(x), 1e-7
+    with torch.no_grad():
+        slope = (view(x + h * direction) - view(x - h * direction)) / (2 * h)
+    assert gradient.isfinite().all() and math.isclose(slope.item(), (gradient * direction).sum().item(), rel_tol=1e-3)
+
+
+def test_hue_gradient_is_finite_on_grey():
+    x = torch.full((1, 3, 4, 4), 0.5).requires_grad_()
+    gradient, = torch.autograd.grad(attacks.hue(x, torch.full((1, 1, 1, 1), 0.1)).sum(), x)
+    assert gradient.isfinite().all()
+
+
 def test_publish_rounds_to_8_bits_within_epsilon():
     x = images(4)
     ue = publish(x, (torch.rand_like(x) * 2 - 1) * EPSILON)
@@ -294,22 +475,28 @@ def surrogate():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 3))
 
 
+def same(x):
+    """The augmentation that changes nothing."""
+    return x
+
+
 def test_noise_step_descends_along_the_sign_of_the_summed_gradient():
     model, x, y, rows = surrogate(), 0.2 + 0.6 * images(6, 8), torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 1, 0, 0, 1, 1])
     delta, velocity = torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8, 8)
     # cross-entropy of a linear model has the gradient W^T (softmax - onehot); nobody wears row 2
     gradient = ((model(x).softmax(1) - F.one_hot(y, 3)) @ model[1].weight).view_as(x)
     expected = -EPSILON / 10 * torch.stack([gradient[rows == r].sum(0).sign() for r in range(3)])
-    noise_step(model, x, y, delta, rows, velocity, EPSILON / 10, EPSILON, 0.0, lambda view: view)
+    noise_step(classify(model, y, same), x, torch.arange(6), delta, rows, velocity, EPSILON / 10, EPSILON, 0.0)
     assert torch.allclose(delta, expected, atol=1e-7) and delta[:2].all() and not delta[2].any()
 
 
 @pytest.mark.parametrize("class_wise", [True, False])
-def test_error_minimizing_lowers_the_loss_within_epsilon(class_wise):
+def test_min_min_lowers_the_loss_within_epsilon(class_wise):
     x, y = 0.2 + 0.6 * images(60, 8), torch.arange(60) % 3
     rows = y if class_wise else torch.arange(60)
     model, start = surrogate(), torch.zeros(3 if class_wise else 60, 3, 8, 8)
-    delta, history = error_minimizing(model, x, y, rows, start, rounds=6, batch_size=20, noise_steps=3, momentum=0.5, generator=torch.Generator().manual_seed(0))
+    delta, history = min_min(model, classify(model, y, same), x, rows, start, rounds=6, batch_size=20, noise_steps=3, momentum=0.5,
+                             stop_accuracy=0.99, generator=torch.Generator().manual_seed(0))
     assert delta.shape == start.shape and not start.any()  # the start is not changed
     assert 0.9 * EPSILON < delta.abs().max() <= EPSILON + 1e-7 and delta.min() < 0 < delta.max()
     assert F.cross_entropy(model(x + delta[rows]), y) < 0.5 * F.cross_entropy(model(x), y)
@@ -319,32 +506,64 @@ def test_error_minimizing_lowers_the_loss_within_epsilon(class_wise):
         assert torch.allclose(published[y == 1], published[1].expand(20, -1, -1, -1), atol=1 / 255)
 
 
-def test_error_minimizing_freezes_the_weights_during_the_noise_step(monkeypatch):
+def test_min_min_freezes_the_weights_during_the_noise_step(monkeypatch):
     seen, original = [], attacks.noise_step
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), surrogate())
 
-    def spy(model, *args):
+    def spy(*args):
         before = [w.clone() for w in model.state_dict().values()]
-        original(model, *args)
+        original(*args)
         seen.append(not model.training and all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
                     and not any(w.requires_grad or w.grad is not None and w.grad_fn for w in model.parameters()))
     monkeypatch.setattr(attacks, "noise_step", spy)
-    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), surrogate())
-    error_minimizing(model, images(20, 8), torch.arange(20) % 3, torch.arange(20), torch.zeros(20, 3, 8, 8), rounds=2, batch_size=10, stop_accuracy=2)
+    min_min(model, classify(model, torch.arange(20) % 3, same), images(20, 8), torch.arange(20), torch.zeros(20, 3, 8, 8), rounds=2, batch_size=10)
     assert seen == [True] * 4 and all(w.requires_grad for w in model.parameters())
 
 
-def test_error_minimizing_stops_at_the_accuracy_asked_for():
-    args = surrogate(), images(20, 8), torch.zeros(20, dtype=torch.long), torch.zeros(20, dtype=torch.long), torch.zeros(1, 3, 8, 8)
-    assert len(error_minimizing(*args, rounds=50, stop_accuracy=0.9)[1]) < 50
-    assert len(error_minimizing(*args, rounds=3, stop_accuracy=1.1)[1]) == 3
+def test_min_min_stops_at_the_accuracy_asked_for():
+    model, zero = surrogate(), torch.zeros(20, dtype=torch.long)
+    args = model, classify(model, zero, same), images(20, 8), zero, torch.zeros(1, 3, 8, 8)
+    assert len(min_min(*args, rounds=50, stop_accuracy=0.9)[1]) < 50
+    assert len(min_min(*args, rounds=3)[1]) == 3
 
 
-def test_error_minimizing_refuses_a_start_beyond_epsilon_and_rows_that_do_not_fit():
-    x, y = images(4, 8), torch.zeros(4, dtype=torch.long)
+def test_min_min_refuses_a_start_beyond_epsilon_and_rows_that_do_not_fit():
+    x, rows, model = images(4, 8), torch.zeros(4, dtype=torch.long), surrogate()
     with pytest.raises(ValueError, match="epsilon"):
-        error_minimizing(surrogate(), x, y, y, torch.ones(1, 3, 8, 8), rounds=1)
+        min_min(model, classify(model, rows, same), x, rows, torch.ones(1, 3, 8, 8), rounds=1)
     with pytest.raises(ValueError, match="rows"):
-        error_minimizing(surrogate(), x, y, y + 1, torch.zeros(1, 3, 8, 8), rounds=1)
+        min_min(model, classify(model, rows, same), x, rows + 1, torch.zeros(1, 3, 8, 8), rounds=1)
+
+
+def test_nt_xent_scores_by_hand():
+    # two images, views at 0 and 90 degrees and at 60 and 90: partners' cosines are 1/2 and 1
+    degrees = torch.tensor([0.0, 90.0, 60.0, 90.0]) * math.pi / 180
+    z = torch.stack([degrees.cos(), degrees.sin()], 1) * torch.tensor([[1.0], [2.0], [3.0], [4.0]])  # lengths do not count
+    scores, partner = nt_xent_scores(z, temperature=0.5)
+    assert partner.tolist() == [2, 3, 0, 1] and torch.isneginf(scores.diagonal()).all()
+    similar = lambda a, b: math.exp(2 * math.cos((degrees[a] - degrees[b]).item()))
+    losses = [-math.log(similar(i, p) / sum(similar(i, k) for k in range(4) if k != i)) for i, p in enumerate([2, 3, 0, 1])]
+    assert math.isclose(F.cross_entropy(scores, partner).item(), sum(losses) / 4, rel_tol=1e-5)
+
+
+def test_nt_xent_scores_gradient_by_finite_differences():
+    z, direction, h = torch.randn(8, 5, dtype=torch.float64).requires_grad_(), torch.randn(8, 5, dtype=torch.float64), 1e-6
+    loss = lambda z: F.cross_entropy(*nt_xent_scores(z))
+    gradient, = torch.autograd.grad(loss(z), z)
+    slope = (loss(z + h * direction) - loss(z - h * direction)) / (2 * h)
+    assert math.isclose(slope.item(), (gradient * direction).sum().item(), rel_tol=1e-5)
+    assert (gradient * z).sum(1).abs().max() < 1e-9        # lengths do not count
+
+
+def test_find_partner_learns_noise_that_makes_views_agree():
+    # views: one half of an 8x8 image or the other. Noise can make the halves of each image alike and unlike the others'
+    x, g = 0.4 + 0.2 * images(24, 8), torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32, 16, bias=False))
+    view = lambda x: torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < 0.5, x[..., :4], x[..., 4:])
+    loss = lambda x: sum(F.cross_entropy(*find_partner(model, view)(x)).item() for _ in range(20)) / 20
+    delta, _ = min_min(model, find_partner(model, view), x, torch.arange(24), torch.zeros_like(x), rounds=5, train_batches=1, noise_steps=8, lr=0.01,
+                       momentum=0.9, batch_size=24, generator=g)
+    assert loss(x + delta) < loss(x) - 0.1 and delta.abs().max() <= EPSILON + 1e-7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,13 +575,13 @@ def nets():
     return awake(UNet(**TINY)), small_distance()
 
 
-JOINT = Sampler(t_star=12, rounds=2, steps=3, pixel=1e4, perceptual=10.0, switch=6)
+JOINT = Sampler(t_star=12, rounds=2, steps=3, pixel_weight=1e4, perceptual_weight=10.0, switch=6)
 
 
 def test_guidance_pixel_is_the_gradient_of_the_mean_squared_difference():
     x, y = torch.randn(2, 3, 8, 8, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     expected, = torch.autograd.grad(7 * (x - y).square().mean((1, 2, 3)).sum(), x)
-    got = guidance(x.detach(), y, 20, None, None, Sampler(pixel=7.0, switch=10))
+    got = guidance(x.detach(), y, 20, None, None, Sampler(pixel_weight=7.0, switch=10))
     assert torch.allclose(got, expected)
 
 
@@ -370,7 +589,7 @@ def test_guidance_perceptual_is_the_gradient_of_the_distance(nets):
     distance = nets[1]
     x, y = (images(2) * 2 - 1).requires_grad_(), images(2) * 2 - 1
     expected, = torch.autograd.grad(7 * distance(x / 2 + 0.5, y / 2 + 0.5).sum(), x)
-    got = guidance(x.detach(), y, 10, distance, lambda: distance.embed(y / 2 + 0.5), Sampler(perceptual=7.0, switch=10))
+    got = guidance(x.detach(), y, 10, distance, lambda: distance.embed(y / 2 + 0.5), Sampler(perceptual_weight=7.0, switch=10))
     assert torch.allclose(got, expected, atol=1e-5)
 
 
@@ -378,7 +597,7 @@ def test_guidance_switch_and_both_at_once(nets):
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
     embed = lambda: nets[1].embed(y / 2 + 0.5)
     at = lambda t, **weights: guidance(x, y, t, nets[1], embed, replace(JOINT, **weights))
-    pixel, perceptual_ = at(7, perceptual=0.0), at(6, pixel=0.0)
+    pixel, perceptual_ = at(7, perceptual_weight=0.0), at(6, pixel_weight=0.0)
     assert torch.equal(at(7), pixel) and torch.equal(at(6), perceptual_)
     assert torch.allclose(at(7, switch=None), pixel + perceptual_)
 
@@ -427,7 +646,7 @@ def test_purify_does_not_depend_on_threads(nets):
 
 
 def test_purify_with_zero_weights_is_unguided(nets):
-    x, unguided = images(2), replace(JOINT, pixel=0.0, perceptual=0.0)
+    x, unguided = images(2), replace(JOINT, pixel_weight=0.0, perceptual_weight=0.0)
     y = purify(nets[0], None, x, unguided)
     torch.manual_seed(0)
     for i in range(2):                                     # DiffPure: diffuse, then p_sample down; twice
@@ -442,11 +661,11 @@ def test_purify_with_zero_weights_is_unguided(nets):
 
 
 def test_purify_guidance_pulls_towards_the_UE(nets):
-    x, free = images(4), replace(JOINT, pixel=0.0, perceptual=0.0)
+    x, free = images(4), replace(JOINT, pixel_weight=0.0, perceptual_weight=0.0)
     distance = lambda y: nets[1](x, y).sum()
     y = purify(*nets, x, free)
-    assert (purify(*nets, x, replace(free, pixel=3e5, switch=0)) - x).square().mean() < (y - x).square().mean()
-    assert distance(purify(*nets, x, replace(free, perceptual=3e3, switch=12))) < distance(y)
+    assert (purify(*nets, x, replace(free, pixel_weight=3e5, switch=0)) - x).square().mean() < (y - x).square().mean()
+    assert distance(purify(*nets, x, replace(free, perceptual_weight=3e3, switch=12))) < distance(y)
 
 
 def test_purify_computes_only_the_gradient_in_use(nets, monkeypatch):
@@ -460,16 +679,169 @@ def test_RELEASED_preset_pull_matches_the_release():
     # DESIGN: about 1.6e-4 of the pixel difference a step, with batch means over 500
     t = 20
     var = posterior(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), t, t - 1)[1].item()
-    pull = var * sigma(t) * RELEASED.pixel * 2 / 3072
+    pull = var * sigma(t) * RELEASED.pixel_weight * 2 / 3072
     assert 1e-4 < pull < 2e-4
 
 
 def test_Sampler_and_purify_refuse_what_they_cannot_do(nets):
-    for wrong in (dict(steps=500), dict(target="xt"), dict(rounds=0), dict(pixel=-1.0)):
+    for wrong in (dict(steps=500), dict(target="xt"), dict(rounds=0), dict(pixel_weight=-1.0)):
         with pytest.raises(ValueError):
             Sampler(**wrong)
     with pytest.raises(ValueError, match="0, 1"):
         purify(*nets, images(1) * 255, JOINT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# le.py: the user's own files
+
+FEW = ["--t_star", "12", "--steps", "2", "--switch", "6"]
+
+
+@pytest.fixture
+def checkpoints(nets, tmp_path):
+    """The options that name two small checkpoints."""
+    unet.save(tmp_path / "unet.pt", dict(config=nets[0].config, weights=nets[0].state_dict()))
+    unet.save(tmp_path / "vgg.pt", dict(config=nets[1].vgg.config, weights=nets[1].vgg.state_dict()))
+    return ["--unet", str(tmp_path / "unet.pt"), "--perceptual", str(tmp_path / "vgg.pt"), *FEW]
+
+
+def picture(mode, size=(40, 36)):
+    """A smooth Pillow image, different in every channel."""
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    bands = np.stack([3 * x + 60, 255 - 4 * y, 2 * (x + y), 255 * (x > y)], -1).astype(np.uint8)
+    rgba = Image.fromarray(bands)
+    return rgba.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else rgba.convert(mode)
+
+
+@pytest.mark.parametrize("length, tile, overlap", [(32, 128, 16), (129, 128, 16), (500, 128, 16), (1000, 64, 8)])
+def test_positions_cover_the_length_with_overlap(length, tile, overlap):
+    starts = le.positions(length, tile, overlap)
+    assert starts[0] == 0 and starts[-1] + tile >= length and starts[-1] == max(0, length - tile)
+    assert all(a + tile - b >= overlap for a, b in zip(starts, starts[1:]))
+
+
+def test_purify_any_keeps_the_size_and_equals_purify_where_it_fits(nets):
+    x = images(2, 32)
+    assert torch.equal(le.purify_any(*nets, x, JOINT, [5, 6]), purify(*nets, x, JOINT, [5 * 1_000_003, 6 * 1_000_003]))
+    for size in ((1, 1), (5, 47), (33, 32)):
+        y = le.purify_any(*nets, torch.rand(1, 3, *size), JOINT, [0])
+        assert y.shape == (1, 3, *size) and torch.allclose(y * 255, (y * 255).round(), atol=1e-3)
+
+
+def test_purify_any_blends_tiles_without_seams(nets):
+    x = torch.full((1, 3, 80, 80), 0.5)                    # with no diffusion to speak of, a flat image stays flat across tiles
+    y = le.purify_any(silent_unet(), None, x, replace(JOINT, t_star=1, steps=1, rounds=1, pixel_weight=0.0, perceptual_weight=0.0), [0], tile=32, overlap=8)
+    assert (y - 0.5).abs().max() < 0.06 and y.std() > 0
+
+
+def silent_unet():
+    """A U-Net that predicts no noise: its last convolution starts at zero."""
+    return UNet(**TINY).eval().requires_grad_(False)
+
+
+def test_le_purifies_a_folder_and_keeps_names_modes_and_formats(tmp_path, checkpoints):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "deep" / "er").mkdir(parents=True)
+    picture("RGB").save(source / "a.png")
+    picture("RGBA").save(source / "deep" / "b.png")
+    picture("L").save(source / "deep" / "er" / "c.bmp")
+    picture("LA").save(source / "d.png")
+    picture("P").save(source / "e.png")
+    picture("RGB", (7, 5)).save(source / "f.webp", lossless=True)
+    picture("RGB").save(source / "a.jpg")                  # beside a.png
+    exif = Image.Exif()
+    exif[0x0112] = 6                                       # to be turned by 90 degrees
+    picture("RGB").save(source / "g.jpg", exif=exif)
+    (source / "notes.txt").write_text("not an image")
+    le.main([str(source), str(out), *checkpoints])
+    made = {str(path.relative_to(out)): Image.open(path) for path in sorted(out.rglob("*")) if path.is_file()}
+    assert {name: (image.mode, image.size, image.format) for name, image in made.items()} == {
+        "a.png": ("RGB", (40, 36), "PNG"), "a.jpg.png": ("RGB", (40, 36), "PNG"), "d.png": ("LA", (40, 36), "PNG"), "e.png": ("RGB", (40, 36), "PNG"),
+        "deep/b.png": ("RGBA", (40, 36), "PNG"), "deep/er/c.bmp": ("L", (40, 36), "BMP"), "f.webp": ("RGB", (7, 5), "WEBP"), "g.png": ("RGB", (36, 40), "PNG")}
+    assert made["deep/b.png"].getchannel("A").tobytes() == picture("RGBA").getchannel("A").tobytes()
+    assert made["a.png"].tobytes() != picture("RGB").tobytes()
+
+
+def test_le_restarts_names_what_it_cannot_read_and_does_not_depend_on_order(tmp_path, checkpoints, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in "abc":
+        picture("RGB").save(source / f"{name}.png")
+    le.main([str(source), str(out), *checkpoints])
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "b.png").unlink()
+    (source / "0.png").write_bytes((source / "a.png").read_bytes()[:54])  # cut off
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(source / "deep.png")
+    with pytest.raises(SystemExit) as stop:
+        le.main([str(source), str(out), *checkpoints])
+    said = capsys.readouterr()
+    assert "2 files could not be read" in str(stop.value.code) and "0.png" in said.err and "deep.png: mode I;16" in said.err and "2 of 5" in said.out
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
+def test_le_purifies_an_array_the_same_after_an_interruption(tmp_path, checkpoints, suffix, monkeypatch):
+    data, source, out = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), dtype=np.uint8), tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    {".npy": lambda: np.save(source, data), ".npz": lambda: np.savez(source, data=data, label=np.arange(70)),
+     ".pt": lambda: torch.save(torch.from_numpy(data).permute(0, 3, 1, 2), source)}[suffix]()
+    read = lambda: torch.load(out) if suffix == ".pt" else np.load(out)["data"] if suffix == ".npz" else np.load(out)
+    le.main([str(source), str(out), *checkpoints])
+    whole = read()
+    assert whole.shape == ((70, 3, 16, 16) if suffix == ".pt" else data.shape) and str(whole.dtype).endswith("uint8")
+    out.unlink()
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(le, "Progress", lambda label: lambda done, total: stop(done, total) if done == 70 else None)
+        patch.setattr(le.purify_array, "__defaults__", (64, 0))
+        with pytest.raises(SystemExit) as stopped:
+            le.main([str(source), str(out), *checkpoints])
+    assert stopped.value.code == 130 and not out.exists()
+    le.main([str(source), str(out), *checkpoints])
+    assert (read() == whole).all() and not list(tmp_path.glob("*.partial"))
+    if suffix == ".npz":
+        assert (np.load(out)["label"] == np.arange(70)).all()
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(data=np.zeros((4, 3, 8, 8), np.uint8)), r"uint8 \(4, 3, 8, 8\); expected uint8 \(N, H, W, 3\)"),
+    (dict(data=np.zeros((4, 8, 8, 3), np.float32)), "float32"),
+    (dict(a=np.zeros(1), b=np.zeros(1)), "not a readable .npz"),
+])
+def test_read_array_says_what_it_found(tmp_path, wrong, message):
+    np.savez(tmp_path / "in.npz", **wrong)
+    with pytest.raises(le.BadInput, match=message):
+        le.read_array(tmp_path / "in.npz")
+
+
+def test_open_image_refuses_image_bombs(tmp_path, monkeypatch):
+    picture("RGB").save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(le.BadInput, match="large.png"):
+        le.open_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere", "out"], "nowhere: no such file"),
+    (["in", "in/out"], "expected a place outside in"),
+    (["in", "in"], "expected a place outside in"),
+    (["in", "out"], "--unet is missing; `python train.py ddpm"),
+    (["in", "out", "--unet", "x.pt"], "--perceptual is missing; `python train.py vgg"),
+    (["in", "out", "--unet", "x.pt", "--perceptual", "y.pt"], "x.pt"),
+    (["in", "out", "--steps", "0"], "steps"),
+    (["in", "out", "--fast"], "--fast"),
+    (["in/a.npy", "out.npz"], "both end in"),
+])
+def test_le_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    np.save("in/a.npy", np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(SystemExit) as stop:
+        le.main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,7 +864,7 @@ def test_signed_distance_is_negative_inside_and_changes_no_faster_than_a_distanc
 
 
 def test_split_data_sets_are_disjoint():
-    sets, classes = train.split_data(train.Config(protected=50, unprotected=40, validation=20, test=30))
+    sets, classes, _ = train.split_data(train.Config(protected=50, unprotected=40, validation=20, test=30))
     assert {name: len(x) for name, (x, _) in sets.items()} == dict(protected=50, unprotected=40, validation=20, test=30)
     assert len({x.numpy().tobytes() for part, _ in sets.values() for x in part}) == 140
 
@@ -500,9 +872,11 @@ def test_split_data_sets_are_disjoint():
 def test_split_data_keeps_the_test_batch_of_cifar10_apart(tmp_path):
     files, data = cifar10_files()
     ask = train.Config(data="cifar10", root=write_cifar10(tmp_path / "c.tar.gz", files), protected=50, unprotected=30, validation=20, test=15)
-    sets, _ = train.split_data(ask)
+    sets, _, (labels, places) = train.split_data(ask)
     assert torch.equal(sets["test"][1], torch.from_numpy(data[5, :15, 0]).long())
     assert len({x.numpy().tobytes() for part, _ in sets.values() for x in part}) == 115
+    everything, _ = train.cifar10(ask.root)
+    assert torch.equal(everything[0][places], sets["protected"][0]) and torch.equal(labels, everything[1])
     with pytest.raises(train.BadInput, match="100 images for 51 protected"):
         train.split_data(replace(ask, protected=51))
 
@@ -601,6 +975,49 @@ def test_folder_names_what_it_cannot_use(tmp_path):
         train.folder(pets / "cat", 32)
 
 
+@pytest.fixture
+def owned():
+    """Six protected images out of nine, as the arguments of foreign_ues."""
+    everything, labels, places = 0.2 + 0.6 * images(9, 32), torch.tensor([2, 0, 1, 1, 0, 2, 0, 1, 2]), torch.tensor([8, 1, 2, 4, 7, 5])
+    everything = (everything * 255).round() / 255
+    return everything, (everything[places], labels[places], ["a", "b", "c"], (labels, places))
+
+
+@pytest.mark.parametrize("count", [3, 6, 9])
+def test_foreign_ues_reads_perturbations_by_class_by_image_and_of_all_images(tmp_path, owned, count):
+    _, (x, y, *rest) = owned
+    delta = (torch.rand(count, 3, 32, 32) * 2 - 1) * EPSILON
+    torch.save(delta, tmp_path / "perturbation.pt")
+    mine = {3: delta[y], 6: delta, 9: delta[rest[1][1]] if count == 9 else None}[count]
+    assert torch.equal(train.foreign_ues(tmp_path / "perturbation.pt", x, y, *rest), publish(x, mine))
+
+
+@pytest.mark.parametrize("kind", [".npy", ".npz", "folder"])
+@pytest.mark.parametrize("of_all", [True, False])
+def test_foreign_ues_reads_poisoned_images(tmp_path, owned, kind, of_all):
+    everything, (x, y, classes, (labels, places)) = owned
+    poisoned, of = (everything, labels) if of_all else (x, y)
+    data = (poisoned * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    path = tmp_path / f"poisoned{kind}"
+    if kind == "folder":
+        for i, label in enumerate(of):
+            (path / classes[label]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data[i]).save(path / classes[label] / f"{i:03}.png")
+    else:
+        np.save(path, data) if kind == ".npy" else np.savez(path, data=data, label=of)
+    assert torch.allclose(train.foreign_ues(path, x, y, classes, (labels, places)), x)
+
+
+def test_foreign_ues_says_what_does_not_fit(tmp_path, owned):
+    _, args = owned
+    for given, message in ((torch.zeros(5, 3, 32, 32), r"5 of them; expected 6 \(the protected images\), 9 \(all images\) or 3"),
+                           (torch.full((3, 3, 32, 32), 8.0), "up to 8; expected"), (torch.zeros(6, 3, 16, 16), r"\(6, 3, 16, 16\)"),
+                           (torch.zeros(6, 3, 32, 32, dtype=torch.uint8), "torch.uint8"), ({"noise": torch.zeros(1)}, "holds a dict")):
+        torch.save(given, tmp_path / "perturbation.pt")
+        with pytest.raises(train.BadInput, match=message):
+            train.foreign_ues(tmp_path / "perturbation.pt", *args)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py: training and stages
 
@@ -641,8 +1058,8 @@ def test_digest_tells_values_tensors_and_functions_apart():
     assert train.digest(x, 1) == train.digest(x.clone(), 1)
 
 
-SMALL = ["--protected", "60", "--unprotected", "60", "--validation", "20", "--test", "20", "--victim_epochs", "2", "--victim_widths", "8,8,8",
-         "--victim_strides", "2,2", "--em_class_rounds", "1", "--em_sample_rounds", "1", "--unet_width", "8", "--unet_steps", "20", "--vgg_width", "4",
+SMALL = ["--protected", "60", "--unprotected", "60", "--validation", "20", "--test", "20", "--classifier_epochs", "2", "--resnet_widths", "8,8,8",
+         "--resnet_strides", "2,2", "--em_class_rounds", "1", "--em_sample_rounds", "1", "--cp_class_rounds", "1", "--cp_sample_rounds", "1", "--simclr_epochs", "1", "--unet_width", "8", "--unet_steps", "20", "--vgg_width", "4",
          "--vgg_epochs", "1"]
 
 
@@ -651,8 +1068,9 @@ def test_main_tells_the_whole_story_and_reuses_it(tmp_path, capsys):
     train.main(SMALL + ["--out", str(run)])
     first = capsys.readouterr()
     results = json.loads((run / "results.json").read_text())
-    assert [row["protection"] for row in results["rows"]] == ["em-class", "em-sample"]
-    assert set(results) == {"data", "seed", "config", "clean", "rows", "seconds"} and set(results["rows"][0]) == {"protection", "ue", "le", "recovery", "psnr_ue", "psnr_le"}
+    assert [row["protection"] for row in results["rows"]] == ["em-class", "em-sample", "cp-class", "cp-sample"]
+    assert set(results) == {"data", "seed", "config", "clean", "floor", "rows", "seconds"}
+    assert set(results["rows"][0]) == {"protection", "clean", "ue", "le", "recovery", "psnr_ue", "psnr_le"}
     assert all(20 < row["psnr_ue"] < 60 and 0 <= row["le"] <= 100 for row in results["rows"])
     assert "| em-class |" in first.out and Image.open(run / "figure.png").width > 500
     made = {path.name: path.stat().st_mtime_ns for path in run.glob("*.pt")}
@@ -661,30 +1079,45 @@ def test_main_tells_the_whole_story_and_reuses_it(tmp_path, capsys):
     assert json.loads((run / "results.json").read_text()) == results
     train.main(SMALL + ["--out", str(run), "--vgg_epochs", "2"])  # the perceptual net is made again, its users only if it matters to them
     again = {name for name, stamp in made.items() if (run / name).stat().st_mtime_ns != stamp}
-    assert "vgg.pt" in again and not {"ddpm.pt", "em-class.pt", "em-sample.pt", "victim-clean.pt"} & again
+    assert "vgg.pt" in again and not {"ddpm.pt", "em-class.pt", "cp-sample.pt", "classifier-clean.pt", "simclr-clean.pt"} & again
 
 
 def test_main_runs_one_stage_on_a_folder(tmp_path):
     pets = class_folders(tmp_path / "pets")
     train.main(["protect", "--data", str(pets)] + SMALL[8:] + ["--out", str(tmp_path / "run")])
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["em-class.pt", "em-sample.pt"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cp-class.pt", "cp-sample.pt", "em-class.pt", "em-sample.pt"]
     made = torch.load(tmp_path / "run" / "em-sample.pt", weights_only=True)
     assert made["images"].dtype == torch.uint8 and made["noise"].abs().max() <= EPSILON + 1e-6
 
 
+def test_main_judges_a_foreign_perturbation_and_exports_what_comes_of_it(tmp_path, capsys):
+    torch.save((torch.rand(10, 3, 32, 32) * 2 - 1) * EPSILON, tmp_path / "perturbation.pt")
+    small = SMALL + ["--out", str(tmp_path / "run"), "--perturbation", str(tmp_path / "perturbation.pt")]
+    train.main(["victim"] + small)
+    assert "| perturbation |" in capsys.readouterr().out
+    train.main(["export"] + small)
+    made = np.load(tmp_path / "run" / "export" / "perturbation-le.npz")
+    files = sorted((tmp_path / "run" / "export" / "perturbation-le").glob("*/*.png"))
+    assert made["data"].shape == (60, 32, 32, 3) and len(files) == 60
+    i = int(files[7].stem)
+    assert (np.array(Image.open(files[7])) == made["data"][i]).all() and files[7].parent.name == train.SHAPES[made["label"][i]]
+
+
 @pytest.mark.parametrize("arguments, message", [
-    (["--victim_epoch", "3"], "--victim_epoch"),
-    (["--victim_epochs", "many"], "--victim_epochs"),
+    (["--classifier_epoch", "3"], "--classifier_epoch"),
+    (["--classifier_epochs", "many"], "--classifier_epochs"),
     (["evaluate"], "evaluate"),
     (["--evaluate", "train"], "expected test or validation"),
     (["--data", "nowhere"], "expected shapes, cifar10 or an existing folder"),
     (["--data", "cifar10", "--root", "nowhere.tar.gz"], "nowhere.tar.gz: no such file"),
     (["--protected", "0"], "--protected"),
+    (["--protections", "em,ps"], "--protections em,ps"),
+    (["--simclr_view", "blur"], "--simclr_view blur"),
     (["--em_class_rounds", "0"], "--em_class_rounds"),
     (["--steps", "99", "--t_star", "36"], "steps"),
     (["--t_star", "200"], "--unet_levels"),
-    (["--victim_strides", "2,2"], "--victim_widths"),
-    (["--victim_strides", "2,x"], "--victim_strides"),
+    (["--resnet_strides", "2,2"], "--resnet_widths"),
+    (["--resnet_strides", "2,x"], "--resnet_strides"),
 ])
 def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -697,8 +1130,8 @@ def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, argum
 
 def test_parse_lets_options_override_the_preset_of_the_data():
     assert train.parse([])[2] == train.Config()
-    ours = train.parse(["--data", "cifar10", "--steps", "7", "--victim_widths", "8,8,8", "--victim_strides", "2,2"])[2]
-    assert ours.protected == 6000 and ours.victim_widths == (8, 8, 8) and ours.sampler == replace(train.PRESETS["cifar10"]["sampler"], steps=7)
+    ours = train.parse(["--data", "cifar10", "--steps", "7", "--resnet_widths", "8,8,8", "--resnet_strides", "2,2"])[2]
+    assert ours.protected == 6000 and ours.resnet_widths == (8, 8, 8) and ours.sampler == replace(train.PRESETS["cifar10"]["sampler"], steps=7)
     assert train.parse(["--data", "cifar10", "--preset", "released", "--switch", "both"])[2].sampler == replace(RELEASED, switch=None)
 
 

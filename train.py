@@ -3,7 +3,7 @@
     python train.py                        everything, on built-in images (shapes); ends with a table and runs/shapes/figure.png
     python train.py ddpm                   one stage and what it needs: ddpm, vgg, protect, purify, victim
     python train.py --data cifar10 --root cifar-10-binary.tar.gz
-    python train.py --data DIR             your own folder of class folders with PNG or JPEG images
+    python train.py --data DIR             your own folder of class folders with images
 
 Every stage keeps its result in runs/<data>/ and is redone only when its settings, its input or its code changed.
 """
@@ -20,7 +20,7 @@ import textwrap
 import time
 import urllib.request
 import zlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -34,7 +34,8 @@ import attacks
 import le
 import perceptual
 import unet
-from attacks import crop_flip, error_minimizing, publish
+from attacks import VIEWS, classify, crop_flip, find_partner, min_min, publish
+from le import BadInput, Parser, Progress, add_sampler_options, sampler_from
 from unet import EMA, UNet, ddpm_loss, save
 
 
@@ -51,19 +52,31 @@ class Config:
     validation: int = 1000
     test: int = 2000
     size: int = 32                    # a folder's images are cropped to squares and resized to size x size
-    # victim classifier (and the owner's surrogate)
-    victim_widths: tuple = (16, 24, 48, 96)  # channels of the stem and of each level of the ResNet
-    victim_blocks: int = 1            # residual blocks a level
-    victim_strides: tuple = (2, 2, 2)  # of each level
-    victim_epochs: int = 12
-    victim_batch: int = 128
-    victim_lr: float = 0.1
+    # network of every victim, and of the owner's surrogates
+    resnet_widths: tuple = (16, 24, 48, 96)  # channels of the stem and of each level of the ResNet
+    resnet_blocks: int = 1            # residual blocks a level
+    resnet_strides: tuple = (2, 2, 2)  # of each level
+    # victim that learns labels
+    classifier_epochs: int = 12
+    classifier_batch: int = 128
+    classifier_lr: float = 0.1
+    # victim that learns without labels
+    simclr_view: str = "outline"      # what it sees of an image, one of attacks.VIEWS
+    simclr_epochs: int = 25
+    simclr_batch: int = 128
+    simclr_lr: float = 0.1
     # protection
+    protections: str = "em,cp"        # error-minimizing noise, contrastive poisoning
+    perturbation: str = ""            # somebody else's in place of ours: perturbation.pt, .npy, .npz or a folder (see foreign_ues)
     epsilon: float = 8                # largest change of a channel, of 255
     em_class_rounds: int = 40         # rounds of class-wise noise, of 10 training and 10 noise batches
-    em_class_momentum: float = 0.9    # of its gradient
     em_sample_rounds: int = 10        # rounds of sample-wise noise, of 10 training batches and all images
     em_sample_steps: int = 2          # noise steps on each image a round
+    em_sample_lr: float = 0.2         # of the surrogate; 0.1 and 0.4 left a victim more of the picture
+    cp_class_rounds: int = 40         # the same of contrastive noise
+    cp_sample_rounds: int = 10
+    cp_sample_steps: int = 2
+    cp_sample_lr: float = 0.1
     # diffusion model
     unet_width: int = 32
     unet_mults: tuple = (1, 2)        # channels of each resolution, in widths
@@ -88,17 +101,16 @@ class Config:
 
 # What differs from the defaults above
 PRESETS = {
-    "cifar10": dict(protected=6000, unprotected=5500, validation=500, test=2400, victim_widths=(16, 32, 64, 128), victim_epochs=30,
-                    em_class_rounds=24, em_class_momentum=0.0, em_sample_rounds=12, unet_width=48, unet_steps=10000, vgg_epochs=40,
-                    sampler=le.Sampler(rounds=3, steps=5, pixel=0.0, perceptual=0.0)),  # with this prior, either condition cost accuracy
+    "cifar10": dict(protected=6000, unprotected=5500, validation=500, test=2400, resnet_widths=(16, 32, 64, 128), classifier_epochs=30,
+                    simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_steps=10000, vgg_epochs=40,
+                    sampler=le.Sampler(rounds=3, steps=5, pixel_weight=0.0, perceptual_weight=0.0)),  # with this prior, either condition cost accuracy
 }
+
+# What a protection is made against, and who judges it: error-minimizing noise and contrastive poisoning
+VICTIMS = {"em": "classifier", "cp": "simclr"}
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down several times
-
-
-class BadInput(Exception):
-    """Something the user gave cannot be used; main prints it in one line and exits with 2."""
 
 
 def batch_of(images):
@@ -238,33 +250,31 @@ def cifar10(root):
 
 
 def folder(root, size):
-    """Images (N, 3, size, size) in [0, 1], labels (N,) and class names of a folder of class folders with PNG or JPEG images.
+    """Images (N, 3, size, size) in [0, 1], labels (N,) and class names of a folder of class folders with images.
 
     Every image is cropped to its central square and resized. Raises BadInput if there are fewer than two classes or a file cannot be read.
     """
     classes = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
-        raise BadInput(f"{root}: {len(classes)} class folders; expected at least two, with PNG or JPEG images in each")
+        raise BadInput(f"{root}: {len(classes)} class folders; expected at least two, with images in each")
     images, labels = [], []
     for label, path in enumerate(classes):
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
-        if len(files) < 4:
-            raise BadInput(f"{path}: {len(files)} images; expected PNG or JPEG images, at least one for each of the four sets")
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in le.IMAGES)
+        if not files:
+            raise BadInput(f"{path}: no images; expected {', '.join(le.IMAGES)}")
         for file in files:
-            try:
-                with Image.open(file) as image:
-                    side, image = min(image.size), image.convert("RGB")
-                    left, top = (image.width - side) // 2, (image.height - side) // 2
-                    image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise BadInput(f"{file}: not a readable image ({error})") from None
+            image = le.open_image(file).convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
             images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
             labels.append(label)
     return as_float(torch.stack(images)), torch.tensor(labels), [path.name for path in classes]
 
 
 def split_data(config):
-    """The four disjoint sets {"protected" | "unprotected" | "validation" | "test": (images, labels)} and the class names.
+    """The four disjoint sets {"protected" | "unprotected" | "validation" | "test": (images, labels)}, the class names, and where the
+    protected images are from: the labels of all that there were, in their own order, and the protected ones' places in it.
 
     Raises BadInput if there is no such data, or less of it than config asks for.
     """
@@ -288,7 +298,44 @@ def split_data(config):
     if config.data == "shapes":
         order = torch.arange(len(images))                  # independent already, and each set gets its classes in equal parts
     parts = order[:sum(counts.values())].split(list(counts.values()))
-    return {name: (images[part], labels[part]) for name, part in zip(counts, parts)} | own_test, classes
+    return {name: (images[part], labels[part]) for name, part in zip(counts, parts)} | own_test, classes, (labels, parts[0])
+
+
+def foreign_ues(path, images, labels, classes, source):
+    """Somebody else's unlearnable examples of the protected images (N, 3, H, W), labels (N,): the same shape, published.
+
+    path is a perturbation, .pt, floats of [0, 1] images (M, 3, H, W) such as Huang et al.'s perturbation.pt; or the poisoned images, .npy
+    or .npz, uint8 (M, H, W, 3); or a folder of class folders with them, sorted by name as the originals are. M is the number of protected
+    images, or of all there were (source, from `split_data`), or, for a perturbation, of classes. Raises BadInput with the numbers if not.
+    """
+    path, (all_labels, places), n, perturbation = Path(path), source, len(images), False
+    if path.is_dir():
+        sorted_images, found, _ = folder(path, images.shape[-1])
+        wanted = labels if len(found) == n else all_labels
+        if not torch.equal(found.bincount(), wanted.bincount()):
+            raise BadInput(f"{path}: {found.bincount().tolist()} images in its class folders; expected {labels.bincount().tolist()} or {all_labels.bincount().tolist()}")
+        given = torch.empty_like(sorted_images)
+        given[wanted.argsort(stable=True)] = sorted_images
+    elif path.suffix == ".pt":
+        given, perturbation = unet.read(path), True
+        if not isinstance(given, torch.Tensor):
+            raise BadInput(f"{path}: holds a {type(given).__name__}; expected a tensor")
+        if not given.is_floating_point() or not given.abs().max() <= 1:
+            raise BadInput(f"{path}: {given.dtype} up to {given.abs().max().item():.4g}; expected a perturbation of [0, 1] images in floats (8/255 = 0.0314)")
+    else:
+        given, _ = le.read_array(path)
+    if given.shape[1:] != images.shape[1:]:
+        raise BadInput(f"{path}: {tuple(given.shape)}; expected images of {tuple(images.shape[1:])}")
+    if len(given) == n:
+        pass
+    elif len(given) == len(all_labels):
+        given = given[places]
+    elif perturbation and len(given) == len(classes):
+        given = given[labels]
+    else:
+        raise BadInput(f"{path}: {len(given)} of them; expected {n} (the protected images), {len(all_labels)} (all images)"
+                       + f" or {len(classes)} (classes)" * perturbation)
+    return publish(images, given.float()) if perturbation else given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,16 +378,33 @@ class ResNet(nn.Module):
         return self.head(self.features(x))
 
 
-def train_classifier(model, images, labels, *, epochs, lr, batch_size, seed, report):
-    """Train in place with SGD (Nesterov momentum 0.9, weight decay 5e-4), one learning-rate cycle, crop and flip."""
-    g = torch.Generator().manual_seed(seed)
-    steps = epochs * math.ceil(len(images) / batch_size)
+class SimCLR(nn.Module):
+    """An encoder and the head through which contrastive learning trains it (Chen et al. 2020): images (B, 3, H, W) -> embeddings (B, c).
+
+    The head is thrown away afterwards: what a victim keeps are the encoder's features.
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        c = encoder.head.in_features
+        self.encoder, self.projection = encoder, nn.Sequential(nn.Linear(c, c), nn.BatchNorm1d(c), nn.ReLU(), nn.Linear(c, c))
+
+    def forward(self, x):
+        return self.projection(self.encoder.features(x))
+
+
+def fit(model, choose, images, *, epochs, lr, batch_size, generator, report):
+    """Train the model in place with SGD (Nesterov momentum 0.9, weight decay 5e-4) and one learning-rate cycle.
+
+    choose(x, b), as in `attacks.min_min`, says what it learns from the images x of batch b (indices): `classify` or `find_partner`.
+    """
+    batches = math.ceil(len(images) / batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches, pct_start=0.2)
     model.train()
     for epoch in range(epochs):
-        for b in torch.randperm(len(images), generator=g).split(batch_size):
-            loss = F.cross_entropy(model(batch_of(crop_flip(images[b], g))), labels[b].to(DEVICE))
+        for b in torch.randperm(len(images), generator=generator).to(images.device).chunk(batches):
+            loss = F.cross_entropy(*choose(images[b], b))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -354,6 +418,28 @@ def accuracy(model, images, labels):
     """Percentage of the images that the model, in evaluation mode, classifies right."""
     right = sum((model(batch_of(x)).argmax(1).cpu() == y).sum().item() for x, y in zip(images.split(500), labels.split(500)))
     return 100 * right / len(images)
+
+
+def linear_probe(encoder, train, test):
+    """Percentage of the test images that a linear classifier of the encoder's features gets right, the encoder frozen.
+
+    train and test are (images, labels). Logistic regression on standardised features, by L-BFGS to convergence: nothing to tune.
+    """
+    with torch.no_grad():
+        x, x_test = (torch.cat([encoder.features(batch_of(part)) for part in images.split(500)]) for images, _ in (train, test))
+    mean, std, y = x.mean(0), x.std(0) + 1e-6, train[1].to(DEVICE)
+    linear = nn.Linear(x.shape[1], y.max() + 1, device=DEVICE)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(linear((x - mean) / std), y) + 1e-4 * linear.weight.square().sum()
+        value.backward()
+        return value
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer.step(loss)
+    return 100 * (linear((x_test - mean) / std).argmax(1).cpu() == test[1]).float().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,26 +481,6 @@ def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, r
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
-
-class Progress:
-    """report(done, total, **values): one line on stderr that rewrites itself, with the time left; off a terminal, a line every 20 s."""
-
-    def __init__(self, label):
-        self.label, self.start, self.first, self.shown, self.live = label, time.time(), None, 0.0, sys.stderr.isatty()
-
-    def __call__(self, done, total, **values):
-        now = time.time()
-        self.first = self.first or (done, now)             # a resumed run does not start at 0
-        if done < total and now - self.shown < (0.2 if self.live else 20):
-            return
-        self.shown = now
-        text = f"{self.label}: {done}/{total}" + "".join(f", {name} {value:.3g}" for name, value in values.items())
-        if done == total:
-            text += f", took {now - self.start:.0f} s"
-        elif done > self.first[0]:
-            text += f", {(now - self.first[1]) * (total - done) / (done - self.first[0]):.0f} s left"
-        print(f"\r{text:<78}" if self.live else text, end="\n" if done == total or not self.live else "", file=sys.stderr, flush=True)
-
 
 def syntax(source):
     """The syntax tree of a file without its docstrings: comments and spacing are gone already, so what is left is what it does."""
@@ -460,7 +526,7 @@ class Experiment:
     def __init__(self, config):
         self.config = config
         self.run = Path(config.out or f"runs/{Path(config.data).resolve().name}")
-        self.sets, self.classes = split_data(config)
+        self.sets, self.classes, self.source = split_data(config)
         self.seconds = {}
         self.run.mkdir(parents=True, exist_ok=True)
 
@@ -481,12 +547,19 @@ class Experiment:
         self.seconds[name] = result["seconds"]
         return result
 
-    def classifier(self, seed):
-        """A fresh victim network."""
-        torch.manual_seed(seed)
+    def settings(self, *prefixes):
+        """What the configuration says under names that begin so."""
+        return {f.name: getattr(self.config, f.name) for f in fields(Config) if f.name.startswith(prefixes)}
+
+    def learner(self, kind, seed, labels, generator):
+        """A fresh network and what it is to learn (see `attacks.min_min`): a "classifier" the labels, "simclr" which views are of one image."""
         c = self.config
-        net = ResNet(c.victim_widths, c.victim_blocks, c.victim_strides, len(self.classes))
-        return net.to(DEVICE, memory_format=torch.channels_last)
+        torch.manual_seed(seed)
+        net = ResNet(c.resnet_widths, c.resnet_blocks, c.resnet_strides, len(self.classes))
+        net = (net if kind == "classifier" else SimCLR(net)).to(DEVICE, memory_format=torch.channels_last)
+        if kind == "classifier":
+            return net, classify(net, labels.to(DEVICE), lambda x: crop_flip(x, generator))
+        return net, find_partner(net, lambda x: VIEWS[c.simclr_view](x, generator))
 
     @cached_property
     def ddpm(self):
@@ -508,49 +581,55 @@ class Experiment:
         """The perceptual distance, over a VGG trained on the unprotected images and their labels."""
         c, (images, labels) = self.config, self.sets["unprotected"]
         settings = dict(width=c.vgg_width, convs=c.vgg_convs, classes=len(self.classes))
-        training = dict(epochs=c.vgg_epochs, lr=c.vgg_lr, batch_size=c.vgg_batch, seed=c.seed)
+        training = dict(epochs=c.vgg_epochs, lr=c.vgg_lr, batch_size=c.vgg_batch)
 
         def make(report, _):
             torch.manual_seed(c.seed)
-            net = perceptual.VGG(**settings).to(DEVICE, memory_format=torch.channels_last)
-            train_classifier(net, images, labels, **training, report=report)
+            net, g = perceptual.VGG(**settings).to(DEVICE, memory_format=torch.channels_last), torch.Generator().manual_seed(c.seed)
+            fit(net, classify(net, labels.to(DEVICE), lambda x: crop_flip(x, g)), batch_of(images), **training, generator=g, report=report)
             print(f"vgg: {accuracy(net, *self.sets['validation']):.1f} % right on validation images")
             return dict(config=net.config, weights=net.state_dict())
-        self.stage("vgg", make, settings, training, images, labels, perceptual, train_classifier, crop_flip)
-        return perceptual.load(self.run / "vgg.pt", DEVICE).to(memory_format=torch.channels_last)
+        self.stage("vgg", make, settings, training, c.seed, images, labels, perceptual, fit, classify, crop_flip)
+        return perceptual.load(self.run / "vgg.pt", device=DEVICE).to(memory_format=torch.channels_last)
 
     @cached_property
     def protect(self):
         """{protection: unlearnable examples (N, 3, H, W)} of the protected images.
 
-        Sample-wise noise starts from the class-wise and its surrogate, as He et al. 2023 do for theirs. Both run all their rounds:
+        Sample-wise noise starts from the class-wise and its surrogate, as in He et al. 2023. All run all their rounds:
         noise that a surrogate has just learned still leaves a victim some of the picture, or is not yet each image's own.
         """
         c, (images, labels) = self.config, self.sets["protected"]
-        x, y, epsilon = batch_of(images), labels.to(DEVICE), c.epsilon / 255
-        surrogate = self.classifier(c.seed + 1000)         # not the victim's initialisation
-        settings = (c.seed, epsilon, c.victim_batch, c.victim_widths, c.victim_blocks, c.victim_strides)
+        if c.perturbation:
+            return {Path(c.perturbation).stem: foreign_ues(c.perturbation, images, labels, self.classes, self.source)}
+        x, y, epsilon, ues = batch_of(images), labels.to(DEVICE), c.epsilon / 255, {}
+        for family in c.protections.split(","):
+            kind = VICTIMS[family]
+            settings = self.settings(family, "resnet", "epsilon", "seed", *["simclr_view"] * (kind == "simclr"))
 
-        def protect(rows, start, report, **how):
-            g = torch.Generator().manual_seed(c.seed)
-            noise, history = error_minimizing(surrogate, x, y, rows, start, **how, epsilon=epsilon, step=epsilon / 5, batch_size=c.victim_batch,
-                                              stop_accuracy=math.inf, augment=lambda view: crop_flip(view, g), generator=g, report=report)
-            print(f"{report.label}: surrogate {100 * history[-1]:.0f} % right after {len(history)} rounds")
-            return dict(images=as_bytes(publish(x, noise[rows])).cpu(), noise=noise.cpu(), surrogate=surrogate.state_dict())
+            def make(rows, start, surrogate_weights, report, **how):
+                g = torch.Generator().manual_seed(c.seed)
+                surrogate, choose = self.learner(kind, c.seed + 1000, labels, g)  # not the victim's initialisation
+                surrogate.load_state_dict(surrogate_weights or surrogate.state_dict())
+                noise, history = min_min(surrogate, choose, x, rows, start.to(DEVICE), **how, momentum=0.9, epsilon=epsilon, step=epsilon / 5,
+                                         generator=g, report=report)
+                print(f"{report.label}: surrogate {100 * history[-1]:.0f} % right after {len(history)} rounds")
+                return dict(images=as_bytes(publish(x, noise[rows])).cpu(), noise=noise.cpu(), surrogate=surrogate.state_dict())
 
-        def by_class(report, _):
-            g = torch.Generator().manual_seed(c.seed)
-            start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-epsilon, epsilon, generator=g)
-            return protect(y, start.to(DEVICE), report, rounds=c.em_class_rounds, noise_batches=10, momentum=c.em_class_momentum)
+            def class_wise(report, _):
+                g = torch.Generator().manual_seed(c.seed)
+                start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-epsilon, epsilon, generator=g)
+                return make(y, start, None, report, rounds=settings[f"{family}_class_rounds"], noise_batches=10)
 
-        def by_sample(report, _):
-            surrogate.load_state_dict(em_class["surrogate"])
-            rows, start = torch.arange(len(x), device=DEVICE), em_class["noise"].to(DEVICE)[y]
-            return protect(rows, start, report, rounds=c.em_sample_rounds, noise_steps=c.em_sample_steps, momentum=0.9)
-        code = (attacks, ResNet, BasicBlock, protect)
-        em_class = self.stage("em-class", by_class, settings, c.em_class_rounds, c.em_class_momentum, images, labels, *code)
-        em_sample = self.stage("em-sample", by_sample, settings, c.em_sample_rounds, c.em_sample_steps, em_class["noise"], images, labels, *code)
-        return {"em-class": as_float(em_class["images"]), "em-sample": as_float(em_sample["images"])}
+            def sample_wise(report, _):
+                start = by_class["noise"][labels]
+                return make(torch.arange(len(x), device=DEVICE), start, by_class["surrogate"], report, rounds=settings[f"{family}_sample_rounds"],
+                            noise_steps=settings[f"{family}_sample_steps"], lr=settings[f"{family}_sample_lr"])
+            depends = settings, images, labels, attacks, ResNet, BasicBlock, SimCLR, Experiment.learner, make
+            by_class = self.stage(f"{family}-class", class_wise, *depends)
+            by_sample = self.stage(f"{family}-sample", sample_wise, by_class["noise"], by_class["surrogate"], *depends)
+            ues |= {f"{family}-class": as_float(by_class["images"]), f"{family}-sample": as_float(by_sample["images"])}
+        return ues
 
     @cached_property
     def purify(self):
@@ -560,33 +639,39 @@ class Experiment:
             def make(report, _):
                 return dict(images=as_bytes(le.purify(self.ddpm, self.vgg, ues, c.sampler, seed=c.seed, report=report)))
             les[name] = as_float(self.stage(f"{name}-le", make, asdict(c.sampler), c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
-                                            unet, perceptual, le)["images"])
+                                            unet, perceptual, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify)["images"])
         return les
 
-    def victim(self, name, images):
-        """Accuracy in percent, on clean images, of a victim trained on `images` in place of the protected ones."""
+    def victim(self, kind, name, images):
+        """Accuracy in percent, on clean images, of a victim of this kind trained on `images` in place of the protected ones.
+
+        A SimCLR victim is judged by a linear probe of its encoder, trained on the unprotected images, which are clean, and their labels.
+        """
         c, labels = self.config, self.sets["protected"][1]
-        training = dict(epochs=c.victim_epochs, lr=c.victim_lr, batch_size=c.victim_batch, seed=c.seed)
+        g = torch.Generator().manual_seed(c.seed)
+        net, choose = self.learner(kind, c.seed, labels, g)
+        settings = self.settings("resnet", "seed", kind)
+        epochs, batch_size, lr = (settings[f"{kind}_{name}"] for name in ("epochs", "batch", "lr"))
 
         def make(report, _):
-            return dict(weights=train_classifier(self.classifier(c.seed), images, labels, **training, report=report).state_dict())
-        made = self.stage(f"victim-{name}", make, training, c.victim_widths, c.victim_blocks, c.victim_strides, images, labels,
-                          ResNet, BasicBlock, train_classifier, crop_flip)
-        net = self.classifier(c.seed)
+            return dict(weights=fit(net, choose, batch_of(images), epochs=epochs, lr=lr, batch_size=batch_size, generator=g, report=report).state_dict())
+        made = self.stage(f"{kind}-{name}", make, settings, images, labels, ResNet, BasicBlock, SimCLR, Experiment.learner, fit, attacks)
         net.load_state_dict(made["weights"])
-        return accuracy(net.eval(), *self.sets[c.evaluate])
+        if kind == "classifier":
+            return accuracy(net.eval(), *self.sets[c.evaluate])
+        return linear_probe(net.eval().encoder, self.sets["unprotected"], self.sets[c.evaluate])
 
-    def victims(self):
-        """The table: {"clean": accuracy, "rows": [{"protection", "ue", "le", "recovery", "psnr_ue", "psnr_le"}]}."""
-        images, rows = self.sets["protected"][0], []
-        clean = self.victim("clean", images)
+    def victims(self, kinds=VICTIMS):
+        """The table: {"clean": of the classifier, "floor": linear probe of a fresh encoder, "rows": [{"protection", "clean", "ue", "le", "recovery", "psnr_ue", "psnr_le"}]}."""
+        c, (images, labels), rows = self.config, self.sets["protected"], []
         for name, ues in self.protect.items():
-            les = self.purify[name]
-            on_ue, on_le = self.victim(f"{name}-ue", ues), self.victim(f"{name}-le", les)
+            kind, les = kinds.get(name.split("-")[0], "classifier"), self.purify[name]
+            clean, on_ue, on_le = (self.victim(kind, *of) for of in (("clean", images), (f"{name}-ue", ues), (f"{name}-le", les)))
             recovery = round((on_le - on_ue) / (clean - on_ue), 3) if clean > on_ue else None  # nothing was lost, nothing can be recovered
-            rows.append(dict(protection=name, ue=round(on_ue, 2), le=round(on_le, 2), recovery=recovery,
+            rows.append(dict(protection=name, clean=round(clean, 2), ue=round(on_ue, 2), le=round(on_le, 2), recovery=recovery,
                              psnr_ue=round(psnr(ues, images), 2), psnr_le=round(psnr(les, images), 2)))
-        return dict(clean=round(clean, 2), rows=rows)
+        floor = linear_probe(self.learner("classifier", c.seed, labels, None)[0].eval(), self.sets["unprotected"], self.sets[c.evaluate])
+        return dict(clean=rows[0]["clean"], floor=round(floor, 2), rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,7 +687,7 @@ def table(results):
     lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---|---|---|---|---|---|---|"]
     for r in results["rows"]:
         recovery = "-" if r["recovery"] is None else f"{r['recovery']:.2f}"
-        lines.append(f"| {r['protection']} | {results['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {recovery} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
+        lines.append(f"| {r['protection']} | {r['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {recovery} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
     return "\n".join(lines)
 
 
@@ -641,23 +726,27 @@ def run_all(experiment):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
+def export(experiment):
+    """The published images of every protection for other training code: PNGs in class folders, and .npz with data (N, H, W, 3) and label."""
+    labels, root = experiment.sets["protected"][1], experiment.run / "export"
+    for name in experiment.protect:
+        for kind, images in (("ue", experiment.protect[name]), ("le", experiment.purify[name])):
+            data = as_bytes(images).permute(0, 2, 3, 1).numpy()
+            for i, (pixels, label) in enumerate(zip(data, labels)):
+                path = root / f"{name}-{kind}" / experiment.classes[label] / f"{i:06}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+            np.savez(root / f"{name}-{kind}.npz", data=data, label=labels.numpy())
+    print(f"{root}: a folder and an .npz for each of {', '.join(experiment.protect)}")
+
+
 STAGES = {"all": run_all, "ddpm": lambda e: e.ddpm, "vgg": lambda e: e.vgg, "protect": lambda e: e.protect,
-          "purify": lambda e: e.purify, "victim": lambda e: print(table(e.victims()))}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+          "purify": lambda e: e.purify, "export": export, "victim": lambda e: print(table(e.victims()))}
 
 
 def integers(text):
     """The option 1,2,2 as (1, 2, 2)."""
     return tuple(int(n) for n in text.split(",") if n)
-
-
-def level_or_both(text):
-    """The option --switch: a level, or `both`."""
-    return None if text == "both" else int(text)
 
 
 def parse(argv):
@@ -666,32 +755,34 @@ def parse(argv):
                     usage="python train.py [stage] [--option value ...]", epilog="Defaults are those of shapes; PRESETS has cifar10's.")
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES, help="default all")
     parser.add_argument("--download", action="store_true", help="cifar10: fetch the official archive to --root first")
-    parser.add_argument("--preset", default="ours", choices=("ours", "released"), help="where the sampler's values start from, default ours")
-    values = [option for option in fields(Config) + fields(le.Sampler) if option.name != "sampler"]
-    for option in values:
-        kind = level_or_both if option.name == "switch" else integers if option.type is tuple else option.type
-        shown = ",".join(map(str, option.default)) if option.type is tuple else option.default
-        parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, metavar="", help=f"default {shown}")
-    known = {"help", "download", "preset"} | {option.name for option in values}
+    for option in fields(Config):
+        if option.name != "sampler":
+            kind, shown = (integers, ",".join(map(str, option.default))) if option.type is tuple else (option.type, option.default)
+            parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, metavar="", help=f"default {shown}")
+    add_sampler_options(parser)
+    known = {action.option_strings[-1] for action in parser._actions if action.option_strings}
     for option in argv:                                    # argparse would take an unknown option's value for the stage
-        if option.startswith("--") and option.split("=")[0][2:] not in known:
+        if option.startswith("--") and option.split("=")[0] not in known:
             parser.error(f"unknown option {option}; --help lists them")
     options = vars(parser.parse_args(argv))
-    stage, wanted, preset = options.pop("stage"), options.pop("download"), options.pop("preset")
-    sampling = {f.name: options.pop(f.name) for f in fields(le.Sampler) if f.name in options}
-    config = Config(**(PRESETS.get(options.get("data"), {}) | options))
+    stage, wanted, defaults = options.pop("stage"), options.pop("download"), PRESETS.get(options.get("data"), {})
     try:
-        config.sampler = replace(le.RELEASED if preset == "released" else config.sampler, **sampling)
+        sampler = sampler_from(options, defaults.get("sampler", le.Sampler()))
     except ValueError as error:
         parser.error(error)
+    config = Config(**(defaults | options | dict(sampler=sampler)))
     for option in fields(Config):
         value = getattr(config, option.name)
-        if option.type in (int, float) and option.name not in ("seed", "unet_dropout", "em_class_momentum") and not value > 0:
+        if option.type in (int, float) and option.name not in ("seed", "unet_dropout") and not value > 0:
             parser.error(f"--{option.name} {value}: expected a number above 0")
+    if not set(config.protections.split(",")) <= set(VICTIMS):
+        parser.error(f"--protections {config.protections}: expected some of {','.join(VICTIMS)}")
+    if config.simclr_view not in VIEWS:
+        parser.error(f"--simclr_view {config.simclr_view}: expected one of {', '.join(VIEWS)}")
     if config.evaluate not in ("test", "validation"):
         parser.error(f"--evaluate {config.evaluate}: expected test or validation")
-    if len(config.victim_widths) != len(config.victim_strides) + 1:
-        parser.error(f"--victim_widths: expected {len(config.victim_strides) + 1} numbers, the stem's and one for each of --victim_strides")
+    if len(config.resnet_widths) != len(config.resnet_strides) + 1:
+        parser.error(f"--resnet_widths: expected {len(config.resnet_strides) + 1} numbers, the stem's and one for each of --resnet_strides")
     if config.sampler.t_star > config.unet_levels:
         parser.error(f"--t_star {config.sampler.t_star}: expected at most --unet_levels = {config.unet_levels}, the levels that the U-Net learns")
     return stage, wanted, config

@@ -3,8 +3,10 @@
 Reading order: schedule -> q_sample -> ddpm_loss -> UNet -> p_sample -> sample -> save / load.
 Images in this file are in [-1, 1], shape (B, 3, H, W); t counts the noise levels 1..T as in the paper, 0 is "no noise".
 """
+import json
 import math
 import os
+import re
 
 import torch
 import torch.nn.functional as F
@@ -249,11 +251,91 @@ def save(path, checkpoint):
     os.replace(f"{path}.tmp", path)
 
 
+def read(path, device="cpu"):
+    """What torch.save or safetensors wrote to a file, without running any code in it. Raises ValueError if it is neither."""
+    try:
+        if str(path).endswith(".safetensors"):
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                data = bytearray(file.read())
+            header.pop("__metadata__", None)
+            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+            return {name: torch.frombuffer(data, dtype=kinds[h["dtype"]], offset=h["data_offsets"][0], count=math.prod(h["shape"]))
+                    .view(h["shape"]).float().to(device) for name, h in header.items()}
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:                             # torch and json each have several for a file that is not theirs
+        raise ValueError(f"{path}: not a checkpoint that can be read safely ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+
+
+# Regular expressions from diffusers' names to ours; "query" and its like in the released file, "to_q" in newer ones
+DIFFUSERS = [(r"time_embedding\.linear_(1|2)", lambda m: f"temb.dense.{int(m[1]) - 1}"), (r"conv_norm_out", "norm_out"),
+             (r"(down|up)_blocks\.(\d+)\.resnets", r"\1.\2.block"), (r"(down|up)_blocks\.(\d+)\.attentions", r"\1.\2.attn"),
+             (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"), (r"up_blocks\.(\d+)\.upsamplers\.0", r"up.\1.upsample"),
+             (r"mid_block\.resnets\.(0|1)", lambda m: f"mid.block_{int(m[1]) + 1}"), (r"mid_block\.attentions\.0", "mid.attn_1"),
+             (r"time_emb_proj", "temb_proj"), (r"conv_shortcut", "nin_shortcut"), (r"group_norm", "norm"),
+             (r"\.(?:to_q|query)\.", ".q."), (r"\.(?:to_k|key)\.", ".k."), (r"\.(?:to_v|value)\.", ".v."), (r"\.(?:to_out\.0|proj_attn)\.", ".proj_out.")]
+
+
+def from_diffusers(weights):
+    """The weights of diffusers' UNet2DModel under our names: its decoder counts from the coarsest level, its attention is linear layers."""
+    top, ours = max(int(name.split(".")[1]) for name in weights if name.startswith("up_blocks.")), {}
+    for name, w in weights.items():
+        for pattern, new in DIFFUSERS:
+            name = re.sub(pattern, new, name)
+        name = re.sub(r"^up\.(\d+)", lambda m: f"up.{top - int(m[1])}", name)
+        ours[name] = w[:, :, None, None] if re.search(r"attn.*\.(q|k|v|proj_out)\.weight", name) else w
+    return ours
+
+
+def infer_config(weights):
+    """The constructor's arguments of the U-Net for 32x32 images that has these weights."""
+    width, colours = weights["conv_in.weight"].shape[:2]
+    patch, down = math.isqrt(colours // 3), [name for name in weights if name.startswith("down.")]
+    first = lambda i: weights[f"down.{i}.block.0.conv1.weight"]
+    levels = 1 + max(int(name.split(".")[1]) for name in down)
+    return dict(width=width, mults=[len(first(i)) // width for i in range(levels)], patch=patch, size=32, dropout=0.1,
+                blocks=1 + max(int(name.split(".")[3]) for name in down if name.startswith("down.0.block.")),
+                attention=[32 // patch // 2 ** i for i in range(levels) if f"down.{i}.attn.0.q.weight" in weights])
+
+
 def load(path, device="cpu"):
-    """The U-Net in a checkpoint of `train.py ddpm`, in evaluation mode. Raises ValueError if the file is something else."""
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
-    if not isinstance(checkpoint, dict) or not {"config", "weights"} <= set(checkpoint):
-        raise ValueError(f"{path}: not a U-Net checkpoint, expected the keys config and weights")
-    unet = UNet(**checkpoint["config"]).to(device)
-    unet.load_state_dict(checkpoint["weights"])
+    """The U-Net in a checkpoint, in evaluation mode, recognised by its keys:
+
+    ours            {"config", "weights"}, of `train.py ddpm`
+    diffusers       the weights of a UNet2DModel such as google/ddpm-cifar10-32, .bin or .safetensors
+    the PyTorch     port of Ho et al., for which the paper's authors released theirs: a state dict, or a list that begins
+                    with one, its names after "module.", and ends with the averaged (EMA) weights, which are taken
+    Raises ValueError if the file is something else, naming the first key that differs.
+    """
+    weights = read(path, device)
+    if isinstance(weights, list) and weights:
+        weights = weights[0] | weights[-1]                 # the average lacks buffers, if there are any
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path}: holds a {type(weights).__name__}, expected the weights of a U-Net")
+    if {"config", "weights"} <= set(weights):
+        config, weights = weights["config"], weights["weights"]
+    else:
+        weights = {str(name).removeprefix("module."): w for name, w in weights.items()}
+        if "down_blocks.0.resnets.0.conv1.weight" in weights:
+            weights = from_diffusers(weights)
+        try:
+            config = infer_config(weights)
+        except (KeyError, ValueError, IndexError):
+            raise ValueError(f"{path}: not a U-Net checkpoint; expected the keys config and weights, or diffusers' or the PyTorch port's names") from None
+        if config["width"] < 128:
+            raise ValueError(f"{path}: {config['width']} channels wide; others' networks are read from 128 up, where ours has as many groups in its norms")
+    unet = UNet(**config).to(device)
+    fit_weights(path, unet, weights)
     return unet.eval().requires_grad_(False)
+
+
+def fit_weights(path, net, weights):
+    """Load a state dict. Raises ValueError naming the first key that is missing, unknown or of another shape."""
+    own = net.state_dict()
+    for name in [*own, *weights]:
+        has, needs = (list(d[name].shape) if name in d else "nothing" for d in (weights, own))
+        if has != needs:
+            raise ValueError(f"{path}: {name} is {has}, expected {needs}")
+    net.load_state_dict(weights)
