@@ -10,9 +10,11 @@ IN is a folder of images (PNG, JPEG, WebP, BMP; any size, nested), a .npy or .np
 (N x 3 x H x W, uint8 or in [0, 1]); OUT gets the same, purified. What is in OUT already is kept, so a restart goes on.
 """
 import argparse
+import hashlib
 import os
 import sys
 import time
+import urllib.request
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -73,9 +75,10 @@ def guidance(x, y, t, distance, y_embedding, sampler):
 def joint_conditioned_mean(mean, var, t, gradient):
     """The posterior mean pulled towards the UE: mean - var * s_t * gradient, s_t = sqrt((1 - alpha_bar_t) / alpha_bar_t) (Jiang et al. 2023).
 
-    The weight is in the gradient; s_t lets the pull fade with the noise.
+    The weight is in the gradient; s_t lets the pull fade with the noise. No pixel is pulled further than one standard deviation of the
+    step: where VGG sees almost nothing, unit length makes the perceptual gradient thousands of times as large.
     """
-    return mean - var * sigma(t) * gradient
+    return mean - (var * sigma(t) * gradient).clamp(-var.sqrt(), var.sqrt())
 
 
 def denoise(unet, distance, ue, sampler, draw):
@@ -180,6 +183,26 @@ class Progress:
 
 class BadInput(Exception):
     """Something the user gave cannot be used; a main program prints it in one line and exits with 2."""
+
+
+def download(url, sha256, path):
+    """Fetch url to path, keeping nothing if the hash is wrong."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, report = path.with_name(path.name + ".part"), Progress("download")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as source, open(partial, "wb") as target:
+            total = int(source.headers.get("Content-Length", 0))
+            while block := source.read(1 << 20):
+                target.write(block)
+                report(target.tell(), max(total, target.tell()))
+        if hashlib.sha256(partial.read_bytes()).hexdigest() != sha256:
+            raise BadInput(f"{url}: sha256 is not {sha256}, nothing kept")
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"{url}: {error}; fetch it elsewhere and put it at {path}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -366,10 +389,11 @@ def main(argv=None):
     parser.add_argument("--unet", metavar="FILE", help="checkpoint of `train.py ddpm`, or released weights (see unet.load)")
     parser.add_argument("--perceptual", metavar="FILE", help="checkpoint of `train.py vgg`, or vgg16-397923af.pth")
     parser.add_argument("--lpips", metavar="FILE", help="LPIPS's linear layers for vgg16; every channel counts the same without")
+    parser.add_argument("--download", action="store_true", help="fetch vgg16-397923af.pth and lpips-vgg.pth to where these options name them")
     parser.add_argument("--seed", type=int, default=0, metavar="", help="default 0")
     add_sampler_options(parser)
     options = vars(parser.parse_args(argv))
-    source, out, seed = Path(options.pop("source")), Path(options.pop("out")), options.pop("seed")
+    source, out, seed, wanted = Path(options.pop("source")), Path(options.pop("out")), options.pop("seed"), options.pop("download")
     files = {name: options.pop(name) for name in ("unet", "perceptual", "lpips")}
     try:
         sampler = sampler_from(options)
@@ -383,6 +407,9 @@ def main(argv=None):
             if files[name] is None and (name == "unet" or sampler.perceptual_weight):
                 raise BadInput(f"--{name} is missing; `python train.py {stage} --data FOLDER`, FOLDER with your own unprotected images in class folders, "
                                f"makes runs/FOLDER/{stage}.pt")
+        for file in (Path(file) for file in (files["perceptual"], files["lpips"]) if wanted and file):
+            if file.name in perceptual.WEIGHTS and not file.exists():
+                download(*perceptual.WEIGHTS[file.name], file)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         net = unet.load(files["unet"], device).to(memory_format=torch.channels_last)
         distance = perceptual.load(files["perceptual"], files["lpips"], device).to(memory_format=torch.channels_last) if files["perceptual"] else None

@@ -11,6 +11,7 @@ import argparse
 import ast
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -18,9 +19,8 @@ import sys
 import tarfile
 import textwrap
 import time
-import urllib.request
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,7 +35,7 @@ import le
 import perceptual
 import unet
 from attacks import VIEWS, classify, crop_flip, find_partner, min_min, publish
-from le import BadInput, Parser, Progress, add_sampler_options, sampler_from
+from le import BadInput, Parser, Progress, add_sampler_options, download, sampler_from
 from unet import EMA, UNet, ddpm_loss, save
 
 
@@ -97,6 +97,7 @@ class Config:
     vgg_lr: float = 0.03
     # purification: le.Sampler, whose values are options too
     sampler: le.Sampler = field(default_factory=le.Sampler)
+    ablate: str = "em-sample,cp-sample"  # protections that `ablation` looks at
 
 
 # What differs from the defaults above
@@ -167,9 +168,9 @@ def shapes(n, seed, size=32, contrast=(0.25, 0.5), texture=(0.03, 0.1), sensor=0
     axis = torch.arange(size) + 0.5
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
     images = uniform(0.25, 0.75, 3, 1, 1).repeat(1, 1, size, size)
-    for scale in (4, 8, 16):                               # the ground's texture
+    for scale in (8, 16):                                  # the ground's texture
         coarse = torch.randn(n, 3, size // scale + 1, size // scale + 1, generator=g)
-        images += uniform(*texture, 1, 1, 1) / 3 ** 0.5 * F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+        images += uniform(*texture, 1, 1, 1) / 2 ** 0.5 * F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
     ground = images.mean((2, 3), keepdim=True)
     for row in (0.25, 0.75):
         for column in (0.25, 0.75):
@@ -196,26 +197,6 @@ def shapes(n, seed, size=32, contrast=(0.25, 0.5), texture=(0.03, 0.1), sensor=0
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-def download(url, sha256, path):
-    """Fetch url to path, keeping nothing if the hash is wrong."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, report = path.with_name(path.name + ".part"), Progress("download")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as source, open(partial, "wb") as target:
-            total = int(source.headers.get("Content-Length", 0))
-            while block := source.read(1 << 20):
-                target.write(block)
-                report(target.tell(), max(total, target.tell()))
-        if hashlib.sha256(partial.read_bytes()).hexdigest() != sha256:
-            raise BadInput(f"{url}: sha256 is not {sha256}, nothing kept")
-        os.replace(partial, path)
-    except OSError as error:
-        raise BadInput(f"{url}: {error}; fetch it elsewhere and put it at {path}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def cifar10(root):
@@ -638,24 +619,30 @@ class Experiment:
         for name, ues in self.protect.items():
             def make(report, _):
                 return dict(images=as_bytes(le.purify(self.ddpm, self.vgg, ues, c.sampler, seed=c.seed, report=report)))
-            les[name] = as_float(self.stage(f"{name}-le", make, asdict(c.sampler), c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
-                                            unet, perceptual, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify)["images"])
+            les[name] = as_float(self.stage(f"{name}-le", make, asdict(c.sampler), c.seed, ues, *self.purifier())["images"])
         return les
 
-    def victim(self, kind, name, images):
+    def purifier(self):
+        """What an LE depends on beside the UE and the settings."""
+        return self.ddpm.state_dict(), self.vgg.state_dict(), unet, perceptual, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify
+
+    def victim(self, kind, name, images, seed=None):
         """Accuracy in percent, on clean images, of a victim of this kind trained on `images` in place of the protected ones.
 
+        `images` may hold several versions of them one after the other; all are trained on, in as many steps.
         A SimCLR victim is judged by a linear probe of its encoder, trained on the unprotected images, which are clean, and their labels.
         """
         c, labels = self.config, self.sets["protected"][1]
-        g = torch.Generator().manual_seed(c.seed)
-        net, choose = self.learner(kind, c.seed, labels, g)
-        settings = self.settings("resnet", "seed", kind)
+        seed, versions = c.seed if seed is None else seed, len(images) // len(labels)
+        g, labels = torch.Generator().manual_seed(seed), labels.repeat(versions)
+        net, choose = self.learner(kind, seed, labels, g)
+        settings = self.settings("resnet", kind)
         epochs, batch_size, lr = (settings[f"{kind}_{name}"] for name in ("epochs", "batch", "lr"))
 
         def make(report, _):
-            return dict(weights=fit(net, choose, batch_of(images), epochs=epochs, lr=lr, batch_size=batch_size, generator=g, report=report).state_dict())
-        made = self.stage(f"{kind}-{name}", make, settings, images, labels, ResNet, BasicBlock, SimCLR, Experiment.learner, fit, attacks)
+            return dict(weights=fit(net, choose, batch_of(images), epochs=max(1, epochs // versions), lr=lr, batch_size=batch_size,
+                                    generator=g, report=report).state_dict())
+        made = self.stage(f"{kind}-{name}", make, settings, seed, images, labels, ResNet, BasicBlock, SimCLR, Experiment.learner, fit, attacks)
         net.load_state_dict(made["weights"])
         if kind == "classifier":
             return accuracy(net.eval(), *self.sets[c.evaluate])
@@ -667,7 +654,7 @@ class Experiment:
         for name, ues in self.protect.items():
             kind, les = kinds.get(name.split("-")[0], "classifier"), self.purify[name]
             clean, on_ue, on_le = (self.victim(kind, *of) for of in (("clean", images), (f"{name}-ue", ues), (f"{name}-le", les)))
-            recovery = round((on_le - on_ue) / (clean - on_ue), 3) if clean > on_ue else None  # nothing was lost, nothing can be recovered
+            recovery = round((on_le - on_ue) / (clean - on_ue), 3) if clean - on_ue > 1 else None  # nothing was lost, nothing can be recovered
             rows.append(dict(protection=name, clean=round(clean, 2), ue=round(on_ue, 2), le=round(on_le, 2), recovery=recovery,
                              psnr_ue=round(psnr(ues, images), 2), psnr_le=round(psnr(les, images), 2)))
         floor = linear_probe(self.learner("classifier", c.seed, labels, None)[0].eval(), self.sets["unprotected"], self.sets[c.evaluate])
@@ -723,6 +710,162 @@ def run_all(experiment):
     print(f"\n{table(results)}\n\nAccuracy in percent on clean {config.evaluate} images. More in {run}/results.json and {run}/figure.png")
 
 
+def cross(experiment):
+    """Each protection before the victim it was not made for: the reason why either kind alone protects nobody."""
+    results = experiment.victims({"em": "simclr", "cp": "classifier"})
+    (experiment.run / "cross.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{table(results)}\n\nError-minimizing noise before SimCLR, contrastive poisoning before a classifier.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ablation: countermeasures side by side, on the same unlearnable examples and with the same U-Net
+
+def jpeg(images, quality=10):
+    """Images (N, 3, H, W) in [0, 1] after JPEG compression."""
+    made = []
+    for pixels in as_bytes(images).permute(0, 2, 3, 1).numpy():
+        Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=quality)
+        made.append(torch.from_numpy(np.array(Image.open(file))))
+    return as_float(torch.stack(made).permute(0, 3, 1, 2))
+
+
+def countermeasures(sampler):
+    """{name: a function of images and a generator, or (samplers, how their results are put together)}."""
+    level, unguided, draws = sampler.t_star, replace(sampler, pixel_weight=0.0, perceptual_weight=0.0), lambda n: [sampler] * n
+    alone, mean = lambda results: results[0], lambda results: torch.stack(results).mean(0)
+    return {
+        "none": lambda x, g: x,
+        "grayscale": lambda x, g: attacks.luma(x).expand_as(x),
+        "JPEG 10": lambda x, g: jpeg(x),
+        "noise": lambda x, g: (x + unet.sigma(level) / 2 * torch.randn(x.shape, generator=g)).clamp(0, 1),  # as much as the samplers add
+        "unguided": ([unguided], alone),
+        "pixel only": ([replace(sampler, perceptual_weight=0.0, switch=0)], alone),
+        "perceptual only": ([replace(sampler, pixel_weight=0.0, switch=level)], alone),
+        "joint": ([sampler], alone),
+        "released, 20 levels": ([replace(le.RELEASED, t_star=20, steps=20)], alone),
+        "released, 36 levels": ([le.RELEASED], alone),
+        "joint, target at level t, same noise": ([replace(sampler, target="same")], alone),
+        "joint, target at level t, fresh noise": ([replace(sampler, target="fresh")], alone),
+        "joint, both throughout": ([replace(sampler, switch=None)], alone),
+        "joint, two rounds of half the steps": ([replace(sampler, rounds=2 * sampler.rounds, steps=sampler.steps // 2)], alone),
+        "joint, twice the steps": ([replace(sampler, steps=2 * sampler.steps)], alone),
+        "joint, mean of two draws": (draws(2), mean),
+        "joint, two draws as augmentation": (draws(2), torch.cat),
+        **{f"joint, weights x {w:g}": ([replace(sampler, pixel_weight=w * sampler.pixel_weight, perceptual_weight=w * sampler.perceptual_weight)], alone)
+           for w in (0.25, 0.5, 2, 4)},
+    }
+
+
+def ablation(experiment, victims=3):
+    """A table, ablation.json and ablation.png: for each countermeasure the accuracy, over `victims` seeds, and what it costs."""
+    c, e, (originals, _), everything = experiment.config, experiment, experiment.sets["protected"], {}
+    for name in c.ablate.split(","):
+        ues, kind, rows, base = e.protect[name], VICTIMS.get(name.split("-")[0], "classifier"), [], {}
+        spread = lambda what, images: np.array([e.victim(kind, f"{what}-{k}", images, c.seed + k) for k in range(victims)])
+        clean = spread("clean", originals)
+        for label, counter in countermeasures(c.sampler).items():
+            if callable(counter):
+                made, evaluations, seconds = counter(ues, torch.Generator().manual_seed(c.seed)), 0, 0.0
+            else:
+                samplers, together = counter
+
+                def make(report, _):
+                    results = [le.purify(e.ddpm, e.vgg, ues, sampler, seed=c.seed + k, report=report) for k, sampler in enumerate(samplers)]
+                    return dict(images=as_bytes(together(results)))
+                stage = e.stage(f"ablation-{name}-{slug(label)}", make, [asdict(sampler) for sampler in samplers], c.seed, ues, *e.purifier())
+                made, evaluations = as_float(stage["images"]), sum(sampler.rounds * sampler.steps for sampler in samplers)
+                seconds = 1000 * stage["seconds"] / len(ues)
+            accuracies = spread(f"{name}-{slug(label)}", made)
+            base = base or {"ue": accuracies}              # the first row is what nothing does
+            recovery, versions = (accuracies - base["ue"]) / (clean - base["ue"]), made.split(len(ues))
+            with torch.no_grad():
+                distance = torch.cat([e.vgg(batch_of(a), batch_of(b)) for a, b in zip(versions[0].split(500), originals.split(500))]).mean().item()
+            rows.append(dict(countermeasure=label, accuracy=round(accuracies.mean(), 2), spread=round(accuracies.std(ddof=1), 2), recovery=round(recovery.mean(), 3),
+                             psnr=round(psnr(versions[0], originals), 2), perceptual=round(distance, 4), evaluations=evaluations, seconds_1000=round(seconds, 2)))
+            print(f"{name}, {label}: {rows[-1]['accuracy']:.1f} +- {rows[-1]['spread']:.1f}", flush=True)
+        everything[name] = dict(clean=round(clean.mean(), 2), rows=rows)
+    (e.run / "ablation.json").write_text(json.dumps(dict(seed=c.seed, evaluate=c.evaluate, victims=victims, **everything), indent=1) + "\n")
+    for name, result in everything.items():
+        print(f"\n{name}, {victims} victims, clean {result['clean']:.1f}\n\n| countermeasure | accuracy | recovery | PSNR | perceptual distance | evaluations | s / 1000 images |"
+              "\n|---|---|---|---|---|---|---|")
+        for r in result["rows"]:
+            print(f"| {r['countermeasure']} | {r['accuracy']:.1f} ± {r['spread']:.1f} | {r['recovery']:.2f} | {r['psnr']:.1f} dB | {r['perceptual']:.3f} "
+                  f"| {r['evaluations']} | {r['seconds_1000']:.1f} |")
+    trade_off(everything, e.run / "ablation.png")
+
+
+def slug(text):
+    """A file name for a label."""
+    return "-".join("".join(ch if ch.isalnum() or ch == "." else " " for ch in text).split())
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")     # told apart by the colour-blind (Okabe & Ito)
+
+
+def trade_off(results, path, width=900, height=520):
+    """Accuracy against fidelity (PSNR) of every countermeasure; the joint sampler's weights, small to large, are joined by a line."""
+    rows = [r for result in results.values() for r in result["rows"] if r["psnr"] < 100]
+    canvas, left, bottom = Image.new("RGB", (width, height), "white"), 60, height - 50
+    draw, low, high = ImageDraw.Draw(canvas), min(r["psnr"] for r in rows) - 1, max(r["psnr"] for r in rows) + 1
+    place = lambda r: (left + (r["psnr"] - low) / (high - low) * (width - left - 160), bottom - r["accuracy"] / 100 * (bottom - 20))
+    for percent in range(0, 101, 20):
+        y = bottom - percent / 100 * (bottom - 20)
+        draw.line((left, y, width - 10, y), fill="#dddddd")
+        draw.text((left - 30, y - 6), str(percent), fill="black")
+    for decibel in range(math.ceil(low), math.floor(high) + 1, 2):
+        x = left + (decibel - low) / (high - low) * (width - left - 160)
+        draw.text((x - 6, bottom + 6), str(decibel), fill="black")
+    draw.text((left, height - 20), "PSNR to the original, dB", fill="black")
+    draw.text((6, 4), "accuracy on clean images, %", fill="black")
+    for colour, (name, result) in zip(COLOURS, results.items()):
+        shown = [r for r in result["rows"] if r["psnr"] < 100]
+        weight = lambda r: 0 if r["countermeasure"] == "unguided" else 1 if r["countermeasure"] == "joint" else float(r["countermeasure"].split("x ")[1])
+        curve = sorted((r for r in shown if r["countermeasure"] in ("unguided", "joint") or "weights x" in r["countermeasure"]), key=weight)
+        draw.line([place(r) for r in curve], fill=colour, width=2)
+        for r in shown:
+            x, y = place(r)
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+            if not r["countermeasure"].startswith("joint, ") or r in curve:
+                draw.text((x + 7, y - 6), r["countermeasure"].replace("joint, weights ", ""), fill=colour)
+        draw.text((left + 200 + 140 * list(results).index(name), height - 20), name, fill=colour)
+    canvas.save(path)
+
+
+def bench(experiment, repeats=5):
+    """Images a second of each inner loop, and what purification costs over the network evaluations that it makes."""
+    c, e, n = experiment.config, experiment, 512
+    images, labels = experiment.sets["protected"][0][:n], experiment.sets["protected"][1][:n]
+    n, x, g, quiet = len(images), batch_of(images), torch.Generator().manual_seed(0), lambda *a, **k: None
+    net = UNet(c.unet_width, c.unet_mults, c.unet_blocks, c.unet_attention, c.unet_dropout, c.unet_patch, images.shape[-1]).to(DEVICE, memory_format=torch.channels_last)
+    vgg = perceptual.PerceptualDistance(perceptual.VGG(c.vgg_width, c.vgg_convs)).to(DEVICE, memory_format=torch.channels_last)
+    surrogate, choose = e.learner("classifier", 0, labels, g)
+    evaluations, noise = c.sampler.rounds * c.sampler.steps, torch.zeros_like(x)
+
+    @torch.no_grad()
+    def bare():
+        for _ in range(evaluations):
+            for part in x.split(128):
+                net(part, c.sampler.t_star)
+    steps = lambda: train_unet(net.train(), images, levels=c.unet_levels, steps=n // c.unet_batch, batch_size=c.unet_batch, lr=1e-4, ema_decay=c.unet_ema, seed=0,
+                               report=quiet, partial=e.run / "bench.partial")
+    passes = lambda choose: min_min(choose[0], choose[1], x, torch.arange(n, device=DEVICE), noise, rounds=1, train_batches=1, generator=g)
+    loops = {"network evaluation": (bare, n * evaluations), "purify": (lambda: le.purify(net.eval(), vgg, images, c.sampler), n),
+             "U-Net training": (steps, n), "error-minimizing noise, sample-wise": (lambda: passes((surrogate, choose)), n),
+             "contrastive noise, sample-wise": (lambda: passes(e.learner("simclr", 0, labels, g)), n),
+             "classifier training": (lambda: fit(surrogate, choose, x, epochs=1, lr=0.01, batch_size=c.classifier_batch, generator=g, report=quiet), n)}
+    times = {name: [] for name in loops}
+    for repeat in range(repeats + 1):                      # in turn, so that a busy machine is busy for all; the first warms up
+        for name, (loop, _) in loops.items():
+            start = time.time()
+            loop()
+            torch.cuda.synchronize() if DEVICE == "cuda" else None
+            times[name].append(time.time() - start)
+    for name, (_, count) in loops.items():
+        print(f"{name:<36} {count / np.median(times[name][1:]):8.0f} images/s")
+    ratio = np.median(np.array(times["purify"][1:]) / np.array(times["network evaluation"][1:]))
+    print(f"purification takes {ratio:.2f} times its {evaluations} network evaluations")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -741,7 +884,8 @@ def export(experiment):
 
 
 STAGES = {"all": run_all, "ddpm": lambda e: e.ddpm, "vgg": lambda e: e.vgg, "protect": lambda e: e.protect,
-          "purify": lambda e: e.purify, "export": export, "victim": lambda e: print(table(e.victims()))}
+          "purify": lambda e: e.purify, "export": export, "victim": lambda e: print(table(e.victims())),
+          "cross": cross, "ablation": ablation, "bench": bench}
 
 
 def integers(text):
@@ -771,6 +915,8 @@ def parse(argv):
     except ValueError as error:
         parser.error(error)
     config = Config(**(defaults | options | dict(sampler=sampler)))
+    if stage == "ablation":
+        config.evaluate = "validation"                     # what is chosen by looking must not be chosen on the test images
     for option in fields(Config):
         value = getattr(config, option.name)
         if option.type in (int, float) and option.name not in ("seed", "unet_dropout") and not value > 0:
