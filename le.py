@@ -11,6 +11,7 @@ IN is a folder of images (PNG, JPEG, WebP, BMP; any size, nested), a .npy or .np
 """
 import argparse
 import hashlib
+import math
 import os
 import sys
 import time
@@ -161,13 +162,23 @@ def purify_any(unet, distance, images, sampler=Sampler(), seeds=(0,), tile=128, 
 # ---------------------------------------------------------------------------------------------------------------------
 # The user's own files
 
+class BadInput(Exception):
+    """Something the user gave cannot be used; a main program prints it in one line and exits with 2."""
+
+
 class Progress:
-    """report(done, total, **values): one line on stderr that rewrites itself, with the time left; off a terminal, a line every 20 s."""
+    """report(done, total, **values): one line on stderr that rewrites itself, with the time left; off a terminal, a line every 20 s.
+
+    Raises BadInput when a value is not a number any more: nothing that follows would be.
+    """
 
     def __init__(self, label):
         self.label, self.start, self.first, self.shown, self.live = label, time.time(), None, 0.0, sys.stderr.isatty()
 
     def __call__(self, done, total, **values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise BadInput(f"{self.label}: {name} is {value} after {done} of {total}; a lower learning rate may help")
         now = time.time()
         self.first = self.first or (done, now)             # a resumed run does not start at 0
         if done < total and now - self.shown < (0.2 if self.live else 20):
@@ -179,10 +190,6 @@ class Progress:
         elif done > self.first[0]:
             text += f", {(now - self.first[1]) * (total - done) / (done - self.first[0]):.0f} s left"
         print(f"\r{text:<78}" if self.live else text, end="\n" if done == total or not self.live else "", file=sys.stderr, flush=True)
-
-
-class BadInput(Exception):
-    """Something the user gave cannot be used; a main program prints it in one line and exits with 2."""
 
 
 def download(url, sha256, path):

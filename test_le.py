@@ -1154,6 +1154,19 @@ def test_parse_lets_options_override_the_preset_of_the_data():
     assert train.parse(["--data", "cifar10", "--preset", "released", "--switch", "both"])[2].sampler == replace(RELEASED, switch=None)
 
 
+def test_main_stops_in_one_line_when_a_loss_is_not_a_number(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["vgg", *SMALL, "--vgg_lr", "1e30", "--vgg_epochs", "4", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "vgg: loss is" in capsys.readouterr().err and not (tmp_path / "run" / "vgg.pt").exists()
+
+
+def test_main_stops_in_one_line_when_it_may_not_write(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["vgg", *SMALL, "--out", str(tmp_path / "file" / "run")])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_main_interrupted_says_how_to_go_on(tmp_path):
     command = [sys.executable, HERE / "train.py", "ddpm", *SMALL, "--unet_steps", "1000000", "--out", tmp_path / "run"]
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test runner in the background ignores it, and so would its children

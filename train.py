@@ -942,7 +942,7 @@ def main(argv=None):
         if wanted and not Path(config.root).exists():
             download(CIFAR10_URL, CIFAR10_SHA256, config.root)
         STAGES[stage](Experiment(config))
-    except BadInput as error:
+    except (BadInput, OSError) as error:                   # OSError: a full disk, a folder that may not be written to
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
