@@ -30,6 +30,8 @@ import perceptual
 import unet
 from unet import levels, posterior, predict_x0, q_sample, sigma
 
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -230,6 +232,8 @@ def open_image(path):
     """
     try:
         with bombs_refused(), Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"{image.n_frames} frames, expected one")
             image.load()
             icc, image = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
             if image.mode == "P":
@@ -417,9 +421,8 @@ def main(argv=None):
         for file in (Path(file) for file in (files["perceptual"], files["lpips"]) if wanted and file):
             if file.name in perceptual.WEIGHTS and not file.exists():
                 download(*perceptual.WEIGHTS[file.name], file)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        net = unet.load(files["unet"], device).to(memory_format=torch.channels_last)
-        distance = perceptual.load(files["perceptual"], files["lpips"], device).to(memory_format=torch.channels_last) if files["perceptual"] else None
+        net = unet.load(files["unet"], DEVICE).to(memory_format=torch.channels_last)
+        distance = perceptual.load(files["perceptual"], files["lpips"], DEVICE).to(memory_format=torch.channels_last) if files["perceptual"] else None
         clean = lambda images, seeds: purify_any(net, distance, images, sampler, seeds)
         if source.is_file():
             purify_array(source, out, clean, seed)

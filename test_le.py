@@ -778,10 +778,11 @@ def test_le_restarts_names_what_it_cannot_read_and_does_not_depend_on_order(tmp_
     (out / "b.png").unlink()
     (source / "0.png").write_bytes((source / "a.png").read_bytes()[:54])  # cut off
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(source / "deep.png")
+    picture("RGB").save(source / "moving.webp", save_all=True, append_images=[picture("RGB").rotate(90)])
     with pytest.raises(SystemExit) as stop:
         le.main([str(source), str(out), *checkpoints])
     said = capsys.readouterr()
-    assert "2 files could not be read" in str(stop.value.code) and "0.png" in said.err and "deep.png: mode I;16" in said.err and "2 of 5" in said.out
+    assert "3 files could not be read" in str(stop.value.code) and "moving.webp: not a readable image (2 frames" in said.err and "0.png" in said.err and "deep.png: mode I;16" in said.err and "2 of 6" in said.out
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
 
 

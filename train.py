@@ -35,7 +35,7 @@ import le
 import perceptual
 import unet
 from attacks import VIEWS, classify, crop_flip, find_partner, min_min, publish
-from le import BadInput, Parser, Progress, add_sampler_options, download, sampler_from
+from le import DEVICE, BadInput, Parser, Progress, add_sampler_options, download, sampler_from
 from unet import EMA, UNet, ddpm_loss, save
 
 
@@ -110,7 +110,6 @@ PRESETS = {
 # What a protection is made against, and who judges it: error-minimizing noise and contrastive poisoning
 VICTIMS = {"em": "classifier", "cp": "simclr"}
 
-DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down several times
 
 
