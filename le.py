@@ -168,6 +168,19 @@ class BadInput(Exception):
     """Something the user gave cannot be used; a main program prints it in one line and exits with 2."""
 
 
+@contextmanager
+def explained(program, *more):
+    """Within, what a user can mend ends the program with one line, exit code 2: BadInput, a full disk, `more`. Ctrl-C exits with 130."""
+    try:
+        yield
+    except (BadInput, OSError, *more) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
 class Progress:
     """report(done, total, **values): one line on stderr that rewrites itself, with the time left; off a terminal, a line every 20 s.
 
@@ -406,7 +419,7 @@ def main(argv=None):
     options = vars(parser.parse_args(argv))
     source, out, seed, wanted = Path(options.pop("source")), Path(options.pop("out")), options.pop("seed"), options.pop("download")
     files = {name: options.pop(name) for name in ("unet", "perceptual", "lpips")}
-    try:
+    with explained("le.py", ValueError):                   # what unet.load and perceptual.load say of a file
         sampler = sampler_from(options)
         if not source.exists():
             raise BadInput(f"{source}: no such file or folder")
@@ -428,12 +441,6 @@ def main(argv=None):
             purify_array(source, out, clean, seed)
         elif unread := purify_folder(source, out, clean, seed):
             sys.exit(f"le.py: {unread} files could not be read; all others are in {out}")
-    except (BadInput, ValueError, OSError) as error:
-        print(f"le.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nle.py: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

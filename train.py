@@ -35,7 +35,7 @@ import le
 import perceptual
 import unet
 from attacks import VIEWS, classify, crop_flip, find_partner, min_min, publish
-from le import DEVICE, BadInput, Parser, Progress, add_sampler_options, download, sampler_from
+from le import DEVICE, BadInput, Parser, Progress, add_sampler_options, download, explained, sampler_from
 from unet import EMA, UNet, ddpm_loss, save
 
 
@@ -937,16 +937,10 @@ def main(argv=None):
     stage, wanted, config = parse(sys.argv[1:] if argv is None else argv)
     resolved = asdict(config) | asdict(config.sampler) | dict(device=DEVICE)
     print(textwrap.fill(" ".join(f"{name}={str(value).replace(' ', '')}" for name, value in resolved.items() if name != "sampler"), 120, break_on_hyphens=False))
-    try:
+    with explained("train.py"):
         if wanted and not Path(config.root).exists():
             download(CIFAR10_URL, CIFAR10_SHA256, config.root)
         STAGES[stage](Experiment(config))
-    except (BadInput, OSError) as error:                   # OSError: a full disk, a folder that may not be written to
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
