@@ -1092,7 +1092,7 @@ def test_main_tells_the_whole_story_and_reuses_it(tmp_path, capsys):
     assert set(results) == {"data", "seed", "config", "clean", "floor", "rows", "seconds"}
     assert set(results["rows"][0]) == {"protection", "clean", "ue", "le", "recovery", "psnr_ue", "psnr_le"}
     assert all(20 < row["psnr_ue"] < 60 and 0 <= row["le"] <= 100 for row in results["rows"])
-    assert "| em-class |" in first.out and Image.open(run / "figure.png").width > 500
+    assert "| em-class |" in first.out and all(Image.open(run / f"{name}.png").width > 500 for name in ("figure", "strip", "curves", "confusion"))
     made = {path.name: path.stat().st_mtime_ns for path in run.glob("*.pt")}
     train.main(SMALL + ["--out", str(run)])                # nothing changed, nothing is made again
     assert {path.name: path.stat().st_mtime_ns for path in run.glob("*.pt")} == made
@@ -1108,6 +1108,38 @@ def test_main_runs_one_stage_on_a_folder(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cp-class.pt", "cp-sample.pt", "em-class.pt", "em-sample.pt"]
     made = torch.load(tmp_path / "run" / "em-sample.pt", weights_only=True)
     assert made["images"].dtype == torch.uint8 and made["noise"].abs().max() <= EPSILON + 1e-6
+
+
+def test_main_cross_puts_each_protection_before_the_other_victim(tmp_path):
+    train.main(["cross", *SMALL, "--out", str(tmp_path / "run")])
+    victims = {path.stem for path in (tmp_path / "run").glob("*.pt")}
+    assert {"simclr-em-class-ue", "simclr-em-sample-le", "classifier-cp-class-ue", "classifier-cp-sample-le"} <= victims
+    assert "classifier-em-class-ue" not in victims and len(json.loads((tmp_path / "run" / "cross.json").read_text())["rows"]) == 4
+
+
+def test_main_ablation_compares_every_countermeasure_on_validation_images(tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(["ablation", *SMALL, "--protected", "20", "--protections", "em", "--ablate", "em-class", "--classifier_epochs", "1", "--out", str(run)])
+    result = json.loads((run / "ablation.json").read_text())
+    rows = {row["countermeasure"]: row for row in result["em-class"]["rows"]}
+    assert result["evaluate"] == "validation" and list(rows) == list(train.countermeasures(Sampler()))
+    assert rows["none"]["evaluations"] == 0 and rows["none"]["recovery"] in (0, None) and rows["released, 36 levels"]["evaluations"] == 144
+    assert rows["joint"]["evaluations"] == 8 and rows["joint, mean of two draws"]["evaluations"] == 16
+    assert "| joint, both throughout |" in capsys.readouterr().out and Image.open(run / "ablation.png").width > 500
+
+
+def test_main_bench_prints_rates_and_the_cost_of_guidance(tmp_path, capsys):
+    train.main(["bench", *SMALL, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert said.count("images/s") == 6 and "times its 8 network evaluations" in said
+
+
+def test_countermeasures_without_a_network():
+    x, g = train.shapes(4, seed=0)[0], torch.Generator().manual_seed(0)
+    made = {name: counter(x, g) for name, counter in train.countermeasures(Sampler()).items() if callable(counter)}
+    assert torch.equal(made["none"], x) and torch.equal(made["grayscale"][:, 0], made["grayscale"][:, 2])
+    assert 15 < train.psnr(made["JPEG 10"], x) < 35
+    assert math.isclose((made["noise"] - x)[(made["noise"] > 0) & (made["noise"] < 1)].std(), sigma(100) / 2, rel_tol=0.1)
 
 
 def test_main_judges_a_foreign_perturbation_and_exports_what_comes_of_it(tmp_path, capsys):

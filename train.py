@@ -377,20 +377,25 @@ def fit(model, choose, images, *, epochs, lr, batch_size, generator, report):
     """Train the model in place with SGD (Nesterov momentum 0.9, weight decay 5e-4) and one learning-rate cycle.
 
     choose(x, b), as in `attacks.min_min`, says what it learns from the images x of batch b (indices): `classify` or `find_partner`.
+    Leaves it in evaluation mode and returns the mean loss of each epoch.
     """
-    batches = math.ceil(len(images) / batch_size)
+    batches, losses = math.ceil(len(images) / batch_size), []
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches, pct_start=0.2)
     model.train()
     for epoch in range(epochs):
+        total = 0.0
         for b in torch.randperm(len(images), generator=generator).to(images.device).chunk(batches):
             loss = F.cross_entropy(*choose(images[b], b))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        report(epoch + 1, epochs, loss=loss.item())
-    return model.eval()
+            total += loss.detach()
+        losses.append(total.item() / batches)
+        report(epoch + 1, epochs, loss=losses[-1])
+    model.eval()
+    return losses
 
 
 @torch.no_grad()
@@ -626,10 +631,9 @@ class Experiment:
         return self.ddpm.state_dict(), self.vgg.state_dict(), unet, perceptual, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify
 
     def victim(self, kind, name, images, seed=None):
-        """Accuracy in percent, on clean images, of a victim of this kind trained on `images` in place of the protected ones.
+        """A victim of this kind, trained on `images` in place of the protected ones, and the loss of each epoch.
 
         `images` may hold several versions of them one after the other; all are trained on, in as many steps.
-        A SimCLR victim is judged by a linear probe of its encoder, trained on the unprotected images, which are clean, and their labels.
         """
         c, labels = self.config, self.sets["protected"][1]
         seed, versions = c.seed if seed is None else seed, len(images) // len(labels)
@@ -639,20 +643,26 @@ class Experiment:
         epochs, batch_size, lr = (settings[f"{kind}_{name}"] for name in ("epochs", "batch", "lr"))
 
         def make(report, _):
-            return dict(weights=fit(net, choose, batch_of(images), epochs=max(1, epochs // versions), lr=lr, batch_size=batch_size,
-                                    generator=g, report=report).state_dict())
+            losses = fit(net, choose, batch_of(images), epochs=max(1, epochs // versions), lr=lr, batch_size=batch_size, generator=g, report=report)
+            return dict(weights=net.state_dict(), losses=losses)
         made = self.stage(f"{kind}-{name}", make, settings, seed, images, labels, ResNet, BasicBlock, SimCLR, Experiment.learner, fit, attacks)
         net.load_state_dict(made["weights"])
-        if kind == "classifier":
-            return accuracy(net.eval(), *self.sets[c.evaluate])
-        return linear_probe(net.eval().encoder, self.sets["unprotected"], self.sets[c.evaluate])
+        return net.eval(), made["losses"]
+
+    def score(self, kind, name, images, seed=None):
+        """Accuracy of that victim in percent, on clean images.
+
+        A SimCLR victim is judged by a linear probe of its encoder, trained on the unprotected images, which are clean, and their labels.
+        """
+        net, clean = self.victim(kind, name, images, seed)[0], self.sets[self.config.evaluate]
+        return accuracy(net, *clean) if kind == "classifier" else linear_probe(net.encoder, self.sets["unprotected"], clean)
 
     def victims(self, kinds=VICTIMS):
         """The table: {"clean": of the classifier, "floor": linear probe of a fresh encoder, "rows": [{"protection", "clean", "ue", "le", "recovery", "psnr_ue", "psnr_le"}]}."""
         c, (images, labels), rows = self.config, self.sets["protected"], []
         for name, ues in self.protect.items():
             kind, les = kinds.get(name.split("-")[0], "classifier"), self.purify[name]
-            clean, on_ue, on_le = (self.victim(kind, *of) for of in (("clean", images), (f"{name}-ue", ues), (f"{name}-le", les)))
+            clean, on_ue, on_le = (self.score(kind, *of) for of in (("clean", images), (f"{name}-ue", ues), (f"{name}-le", les)))
             recovery = round((on_le - on_ue) / (clean - on_ue), 3) if clean - on_ue > 1 else None  # nothing was lost, nothing can be recovered
             rows.append(dict(protection=name, clean=round(clean, 2), ue=round(on_ue, 2), le=round(on_le, 2), recovery=recovery,
                              psnr_ue=round(psnr(ues, images), 2), psnr_le=round(psnr(les, images), 2)))
@@ -668,33 +678,115 @@ def psnr(x, y):
     return -10 * math.log10(max((x - y).square().mean().item(), 1e-12))
 
 
+def decimal(value):
+    """A recovery as text, "-" where nothing was lost."""
+    return "-" if value is None else f"{value:.2f}"
+
+
 def table(results):
     """The results as a Markdown table; accuracies in percent on clean images."""
     lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---|---|---|---|---|---|---|"]
     for r in results["rows"]:
-        recovery = "-" if r["recovery"] is None else f"{r['recovery']:.2f}"
-        lines.append(f"| {r['protection']} | {r['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {recovery} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
+        lines.append(f"| {r['protection']} | {r['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {decimal(r['recovery'])} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
     return "\n".join(lines)
 
 
-def figure(experiment, path, amplify=16, zoom=2, columns=10):
-    """Rows of original, UE, perturbation, LE and what is left of the perturbation, for each protection; one image of each class."""
-    originals, labels = experiment.sets["protected"]
-    chosen = [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:columns]
-    rows = [("original", originals)]
-    for name, ues in experiment.protect.items():
-        les = experiment.purify[name]
-        rows += [(f"{name} UE", ues), (f"UE - original, x{amplify}", 0.5 + amplify * (ues - originals)),
-                 (f"{name} LE", les), (f"LE - original, x{amplify}", 0.5 + amplify * (les - originals))]
-    cell, gap, margin = originals.shape[-1] * zoom, 4, 130
-    canvas = Image.new("RGB", (margin + len(chosen) * (cell + gap), len(rows) * (cell + gap) + gap), "white")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")     # told apart by the colour-blind (Okabe & Ito)
+
+
+def grid(path, rows, titles=(), zoom=2, margin=130, gap=4):
+    """A picture of rows of images, (text, [(3, H, W), ...]) each, under a line of titles."""
+    cell, header = rows[0][1][0].shape[-1] * zoom, 16 * bool(titles)
+    canvas = Image.new("RGB", (margin + max(len(images) for _, images in rows) * (cell + gap), header + len(rows) * (cell + gap) + gap), "white")
     draw = ImageDraw.Draw(canvas)
+    for j, title in enumerate(titles):
+        draw.text((margin + j * (cell + gap), 2), title, fill="black")
     for i, (text, images) in enumerate(rows):
-        top = gap + i * (cell + gap)
+        top = header + gap + i * (cell + gap)
         draw.text((6, top + cell // 2 - 6), text, fill="black")
-        for j, n in enumerate(chosen):
-            pixels = as_bytes(images[n]).permute(1, 2, 0).numpy()
+        for j, image in enumerate(images):
+            pixels = as_bytes(image).permute(1, 2, 0).numpy()
             canvas.paste(Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST), (margin + j * (cell + gap), top))
+    canvas.save(path)
+
+
+def plot(path, series, x_label, y_label, y_top, size=(900, 520)):
+    """A picture of series (name, colour, joined by a line?, [(x, y, text), ...]), y from 0 to y_top."""
+    canvas, left, right, bottom = Image.new("RGB", size, "white"), 50, size[0] - 150, size[1] - 50
+    draw, xs = ImageDraw.Draw(canvas), [x for _, _, _, points in series for x, _, _ in points]
+    low, high = min(xs), max(max(xs), min(xs) + 1)
+    place = lambda x, y: (left + (x - low) / (high - low) * (right - left), bottom - min(y, y_top) / y_top * (bottom - 30))
+    for i in range(6):
+        x, y = low + (high - low) * i / 5, y_top * i / 5
+        draw.line((*place(low, y), *place(high, y)), fill="#dddddd")
+        draw.text((6, place(low, y)[1] - 6), f"{y:.3g}", fill="black")
+        draw.text((place(x, 0)[0] - 8, bottom + 6), f"{x:.3g}", fill="black")
+    draw.text((left, size[1] - 20), x_label, fill="black")
+    draw.text((6, 6), y_label, fill="black")
+    for i, (name, colour, joined, points) in enumerate(series):
+        draw.text((right + 30, 30 + 16 * i), name, fill=colour)
+        if joined:
+            draw.line([place(x, y) for x, y, _ in points], fill=colour, width=2)
+        for x, y, text in points:
+            x, y = place(x, y)
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+            draw.text((x + 7, y - 6), text, fill=colour)
+    canvas.save(path)
+
+
+def figure(e, path, amplify=16, columns=10):
+    """Rows of original, UE, perturbation, LE and what is left of the perturbation, for each protection; one image of each class."""
+    originals, labels = e.sets["protected"]
+    chosen = [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:columns]
+    rows = [("original", originals[chosen])]
+    for name, ues in e.protect.items():
+        x, ue, le_ = originals[chosen], ues[chosen], e.purify[name][chosen]
+        rows += [(f"{name} UE", ue), (f"UE - original, x{amplify}", 0.5 + amplify * (ue - x)),
+                 (f"{name} LE", le_), (f"LE - original, x{amplify}", 0.5 + amplify * (le_ - x))]
+    grid(path, rows)
+
+
+def strip(e, path):
+    """The reverse process: for each protection one image, its UE, x_t at every level that the sampler visits in its last round, and the LE."""
+    c, n, rows = e.config, 2, []
+    for name, ues in e.protect.items():
+        seen = []
+        hook = e.ddpm.register_forward_pre_hook(lambda net, args: seen.append(args[0][0].cpu() / 2 + 0.5))
+        made = le.purify(e.ddpm, e.vgg, ues[n:n + 1], c.sampler, seed=c.seed)
+        hook.remove()
+        rows.append((name, [e.sets["protected"][0][n], ues[n], *seen[-c.sampler.steps:], made[0]]))
+    grid(path, rows, ["original", "UE", *(f"t = {t}" for t in unet.levels(c.sampler.t_star, c.sampler.steps)[:-1]), "LE"])
+
+
+def curves(e, path):
+    """Loss of the classifiers at each epoch: on UEs it falls before there was time to learn a picture."""
+    runs = {"clean": e.sets["protected"][0]} | {f"{name}-{what}": images[name] for name in e.protect for what, images in (("ue", e.protect), ("le", e.purify))
+                                                if VICTIMS.get(name.split("-")[0], "classifier") == "classifier"}
+    losses = {name: e.victim("classifier", name, images)[1] for name, images in runs.items()}
+    plot(path, [(name, COLOURS[i % len(COLOURS)], True, [(k + 1, loss, "") for k, loss in enumerate(values)]) for i, (name, values) in enumerate(losses.items())],
+         "epoch", "training loss", 2.5)
+
+
+def confusion(e, path, zoom=24, margin=80):
+    """What classifiers trained on clean images, UEs and LEs take clean images for: rows are classes, columns answers, blue is often."""
+    name = next(name for name in [*e.protect, "none"] if VICTIMS.get(name.split("-")[0], "classifier") == "classifier")
+    if name == "none":
+        return
+    (x, y), n, k = e.sets[e.config.evaluate], len(e.classes), 0
+    canvas = Image.new("RGB", (margin + 3 * (n * zoom + 16), 20 + n * zoom + 6), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, (title, key, images) in enumerate((("clean", "clean", e.sets["protected"][0]), (f"{name} UE", f"{name}-ue", e.protect[name]),
+                                              (f"{name} LE", f"{name}-le", e.purify[name]))):
+        net = e.victim("classifier", key, images)[0]
+        with torch.no_grad():
+            answers = torch.cat([net(batch_of(part)).argmax(1).cpu() for part in x.split(500)])
+        counts, left = (n * y + answers).bincount(minlength=n * n).view(n, n).float(), margin + k * (n * zoom + 16)
+        draw.text((left, 4), title, fill="black")
+        for i in range(n):
+            draw.text((4, 20 + i * zoom + zoom // 2 - 6), str(e.classes[i])[:12], fill="black")
+            for j in range(n):
+                shade = 1 - (counts[i, j] / counts[i].sum().clamp_min(1)).item()
+                draw.rectangle((left + j * zoom, 20 + i * zoom, left + (j + 1) * zoom - 2, 20 + (i + 1) * zoom - 2), fill=(int(240 * shade), int(114 + 126 * shade), int(178 + 62 * shade)))
     canvas.save(path)
 
 
@@ -703,10 +795,12 @@ def run_all(experiment):
     config, run = experiment.config, experiment.run
     results = dict(data=config.data, seed=config.seed, config=asdict(config), **experiment.victims(), seconds=experiment.seconds)
     (run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    figure(experiment, run / "figure.png")
+    for picture in (figure, strip, curves, confusion):
+        picture(experiment, run / f"{picture.__name__}.png")
     seconds = ", ".join(f"{name} {s:.0f}" for name, s in experiment.seconds.items())
     print(textwrap.fill(f"seconds: {seconds}; all {sum(experiment.seconds.values()):.0f}", 120, break_on_hyphens=False))
-    print(f"\n{table(results)}\n\nAccuracy in percent on clean {config.evaluate} images. More in {run}/results.json and {run}/figure.png")
+    print(f"\n{table(results)}\n\nAccuracy in percent on clean {config.evaluate} images. More in {run}/results.json and {run}/figure.png;\n"
+          "beside them the reverse process (strip.png), training losses (curves.png) and what is taken for what (confusion.png).")
 
 
 def cross(experiment):
@@ -757,10 +851,10 @@ def countermeasures(sampler):
 
 def ablation(experiment, victims=3):
     """A table, ablation.json and ablation.png: for each countermeasure the accuracy, over `victims` seeds, and what it costs."""
-    c, e, (originals, _), everything = experiment.config, experiment, experiment.sets["protected"], {}
+    c, e, (originals, _), vgg, everything = experiment.config, experiment, experiment.sets["protected"], experiment.vgg, {}
     for name in c.ablate.split(","):
         ues, kind, rows, base = e.protect[name], VICTIMS.get(name.split("-")[0], "classifier"), [], {}
-        spread = lambda what, images: np.array([e.victim(kind, f"{what}-{k}", images, c.seed + k) for k in range(victims)])
+        spread = lambda what, images: np.array([e.score(kind, f"{what}-{k}", images, c.seed + k) for k in range(victims)])
         clean = spread("clean", originals)
         for label, counter in countermeasures(c.sampler).items():
             if callable(counter):
@@ -776,10 +870,11 @@ def ablation(experiment, victims=3):
                 seconds = 1000 * stage["seconds"] / len(ues)
             accuracies = spread(f"{name}-{slug(label)}", made)
             base = base or {"ue": accuracies}              # the first row is what nothing does
-            recovery, versions = (accuracies - base["ue"]) / (clean - base["ue"]), made.split(len(ues))
+            lost, versions = clean - base["ue"], made.split(len(ues))
+            recovery = round(((accuracies - base["ue"]) / lost).mean(), 3) if lost.min() > 1 else None
             with torch.no_grad():
-                distance = torch.cat([e.vgg(batch_of(a), batch_of(b)) for a, b in zip(versions[0].split(500), originals.split(500))]).mean().item()
-            rows.append(dict(countermeasure=label, accuracy=round(accuracies.mean(), 2), spread=round(accuracies.std(ddof=1), 2), recovery=round(recovery.mean(), 3),
+                distance = torch.cat([vgg(batch_of(a), batch_of(b)) for a, b in zip(versions[0].split(500), originals.split(500))]).mean().item()
+            rows.append(dict(countermeasure=label, accuracy=round(accuracies.mean(), 2), spread=round(accuracies.std(ddof=1), 2), recovery=recovery,
                              psnr=round(psnr(versions[0], originals), 2), perceptual=round(distance, 4), evaluations=evaluations, seconds_1000=round(seconds, 2)))
             print(f"{name}, {label}: {rows[-1]['accuracy']:.1f} +- {rows[-1]['spread']:.1f}", flush=True)
         everything[name] = dict(clean=round(clean.mean(), 2), rows=rows)
@@ -788,7 +883,7 @@ def ablation(experiment, victims=3):
         print(f"\n{name}, {victims} victims, clean {result['clean']:.1f}\n\n| countermeasure | accuracy | recovery | PSNR | perceptual distance | evaluations | s / 1000 images |"
               "\n|---|---|---|---|---|---|---|")
         for r in result["rows"]:
-            print(f"| {r['countermeasure']} | {r['accuracy']:.1f} ± {r['spread']:.1f} | {r['recovery']:.2f} | {r['psnr']:.1f} dB | {r['perceptual']:.3f} "
+            print(f"| {r['countermeasure']} | {r['accuracy']:.1f} ± {r['spread']:.1f} | {decimal(r['recovery'])} | {r['psnr']:.1f} dB | {r['perceptual']:.3f} "
                   f"| {r['evaluations']} | {r['seconds_1000']:.1f} |")
     trade_off(everything, e.run / "ablation.png")
 
@@ -798,36 +893,15 @@ def slug(text):
     return "-".join("".join(ch if ch.isalnum() or ch == "." else " " for ch in text).split())
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")     # told apart by the colour-blind (Okabe & Ito)
-
-
-def trade_off(results, path, width=900, height=520):
-    """Accuracy against fidelity (PSNR) of every countermeasure; the joint sampler's weights, small to large, are joined by a line."""
-    rows = [r for result in results.values() for r in result["rows"] if r["psnr"] < 100]
-    canvas, left, bottom = Image.new("RGB", (width, height), "white"), 60, height - 50
-    draw, low, high = ImageDraw.Draw(canvas), min(r["psnr"] for r in rows) - 1, max(r["psnr"] for r in rows) + 1
-    place = lambda r: (left + (r["psnr"] - low) / (high - low) * (width - left - 160), bottom - r["accuracy"] / 100 * (bottom - 20))
-    for percent in range(0, 101, 20):
-        y = bottom - percent / 100 * (bottom - 20)
-        draw.line((left, y, width - 10, y), fill="#dddddd")
-        draw.text((left - 30, y - 6), str(percent), fill="black")
-    for decibel in range(math.ceil(low), math.floor(high) + 1, 2):
-        x = left + (decibel - low) / (high - low) * (width - left - 160)
-        draw.text((x - 6, bottom + 6), str(decibel), fill="black")
-    draw.text((left, height - 20), "PSNR to the original, dB", fill="black")
-    draw.text((6, 4), "accuracy on clean images, %", fill="black")
+def trade_off(results, path):
+    """Accuracy against fidelity (PSNR) of every countermeasure; the joint sampler's, from no weight to four times ours, are joined by a line."""
+    series = []
     for colour, (name, result) in zip(COLOURS, results.items()):
-        shown = [r for r in result["rows"] if r["psnr"] < 100]
-        weight = lambda r: 0 if r["countermeasure"] == "unguided" else 1 if r["countermeasure"] == "joint" else float(r["countermeasure"].split("x ")[1])
-        curve = sorted((r for r in shown if r["countermeasure"] in ("unguided", "joint") or "weights x" in r["countermeasure"]), key=weight)
-        draw.line([place(r) for r in curve], fill=colour, width=2)
-        for r in shown:
-            x, y = place(r)
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-            if not r["countermeasure"].startswith("joint, ") or r in curve:
-                draw.text((x + 7, y - 6), r["countermeasure"].replace("joint, weights ", ""), fill=colour)
-        draw.text((left + 200 + 140 * list(results).index(name), height - 20), name, fill=colour)
-    canvas.save(path)
+        points = {r["countermeasure"]: (r["psnr"], r["accuracy"], r["countermeasure"].removeprefix("joint, weights ")) for r in result["rows"] if r["psnr"] < 100}
+        curve = ["unguided", *(f"joint, weights x {w:g}" for w in (0.25, 0.5)), "joint", *(f"joint, weights x {w:g}" for w in (2, 4))]
+        series += [(name, colour, True, [points[label] for label in curve]),
+                   ("", colour, False, [point for label, point in points.items() if label not in curve and not label.startswith("joint, ")])]
+    plot(path, series, "PSNR to the original, dB", "accuracy on clean images, %", 100)
 
 
 def bench(experiment, repeats=5):
