@@ -405,7 +405,8 @@ def sampler_from(options, ours=Sampler()):
     return replace(start, **{option.name: options.pop(option.name) for option in fields(Sampler) if option.name in options})
 
 
-def main(argv=None):
+def parse(argv):
+    """What the arguments ask for (a dict). Exits with 2 and one line if they make no sense."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     usage="python le.py IN OUT --unet FILE --perceptual FILE [--option value ...]")
     parser.add_argument("source", metavar="IN")
@@ -416,7 +417,11 @@ def main(argv=None):
     parser.add_argument("--download", action="store_true", help="fetch vgg16-397923af.pth and lpips-vgg.pth to where these options name them")
     parser.add_argument("--seed", type=int, default=0, metavar="", help="default 0")
     add_sampler_options(parser)
-    options = vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv))
+
+
+def main(argv=None):
+    options = parse(argv)
     source, out, seed, wanted = Path(options.pop("source")), Path(options.pop("out")), options.pop("seed"), options.pop("download")
     files = {name: options.pop(name) for name in ("unet", "perceptual", "lpips")}
     with explained("le.py", ValueError):                   # what unet.load and perceptual.load say of a file

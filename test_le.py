@@ -8,6 +8,9 @@ import functools
 import io
 import json
 import math
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -1200,6 +1203,32 @@ def test_main_stops_in_one_line_when_it_may_not_write(tmp_path, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_readme_commands_are_understood():
+    """Every indented or quoted command of the README is one that the programs, and this file, know."""
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"^    (python .*)$", text, re.M) + re.findall(r"`(python [^`]*)`", text)
+    assert len(commands) > 20
+    for command in commands:
+        program, *arguments = shlex.split(command)[1:]
+        if program == "train.py":
+            train.parse(arguments)
+        elif program == "le.py":
+            le.parse(arguments)
+        else:
+            assert arguments[0] == "pytest" and (len(arguments) == 1 or arguments[2] in ASSIGNMENTS), command
+
+
+def test_readme_counts_the_lines_of_each_file():
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (HERE / "README.md").read_text(), re.M):
+        assert abs(len((HERE / name).read_text().splitlines()) - int(lines)) <= 10, f"README.md: {name} has other than {lines} lines"
+
+
+@pytest.mark.parametrize("program", ["train.py", "le.py"])
+def test_help_fits_a_screen(program):
+    said = subprocess.run([sys.executable, HERE / program, "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "130"}).stdout.splitlines()
+    assert len(said) <= 60 and max(map(len, said)) <= 130 and any("default" in line for line in said)
+
+
 def test_main_interrupted_says_how_to_go_on(tmp_path):
     command = [sys.executable, HERE / "train.py", "ddpm", *SMALL, "--unet_steps", "1000000", "--out", tmp_path / "run"]
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test runner in the background ignores it, and so would its children
@@ -1251,7 +1280,7 @@ def {function.__name__}(*args, **kwargs):
 class Seen:
     tests = {{}}
     def pytest_collection_modifyitems(self, items):        # the slow ones only take time here
-        items[:] = [test for test in items if not any(word in test.originalname for word in ("main", "assignment", "real", "resumed", "defaults"))]
+        items[:] = [test for test in items if not any(word in test.originalname for word in ("main", "le_", "assignment", "real", "resumed", "defaults", "released_layouts"))]
     def pytest_runtest_logreport(self, report):
         if report.when == "call":
             self.tests[report.nodeid.split("::")[1].split("[")[0]] = [report.outcome, str(report.longrepr)]

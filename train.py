@@ -968,14 +968,17 @@ def integers(text):
 
 def parse(argv):
     """The stage, whether to download, and the Config that the arguments ask for. Exits with 2 and one line if they make no sense."""
+    options = {f"--{option.name}": option for option in fields(Config) if option.name != "sampler"}
+    shown = [f"{name} {','.join(map(str, o.default)) if o.type is tuple else o.default}" for name, o in options.items()]
+    columns = [shown[i::-(-len(shown) // 3)] for i in range(-(-len(shown) // 3))]
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    usage="python train.py [stage] [--option value ...]", epilog="Defaults are those of shapes; PRESETS has cifar10's.")
+                    usage="python train.py [stage] [--option value ...]",
+                    epilog="\n".join(["what Config explains, with the defaults of shapes (PRESETS has cifar10's):",
+                                      *("  " + "".join(f"{cell:<40}" for cell in row).rstrip() for row in columns)]))
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES, help="default all")
     parser.add_argument("--download", action="store_true", help="cifar10: fetch the official archive to --root first")
-    for option in fields(Config):
-        if option.name != "sampler":
-            kind, shown = (integers, ",".join(map(str, option.default))) if option.type is tuple else (option.type, option.default)
-            parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, metavar="", help=f"default {shown}")
+    for name, option in options.items():
+        parser.add_argument(name, type=integers if option.type is tuple else option.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_sampler_options(parser)
     known = {action.option_strings[-1] for action in parser._actions if action.option_strings}
     for option in argv:                                    # argparse would take an unknown option's value for the stage
