@@ -6,7 +6,7 @@ does not: pixel distance, then perceptual distance.
 
     python le.py IN OUT --unet runs/shapes/ddpm.pt --perceptual runs/shapes/vgg.pt
 
-IN is a folder of images (PNG, JPEG, WebP, BMP; any size, nested), a .npy or .npz array (uint8, N x H x W x 3) or a .pt tensor
+IN is an image or a folder of them (PNG, JPEG, WebP, BMP; any size, nested), a .npy or .npz array (uint8, N x H x W x 3) or a .pt tensor
 (N x 3 x H x W, uint8 or in [0, 1]); OUT gets the same, purified. What is in OUT already is kept, so a restart goes on.
 """
 import argparse
@@ -283,23 +283,30 @@ def target_of(file, source, out):
     return target.with_name(target.name + ".png") if same_name else target.with_suffix(".png")
 
 
-def purify_folder(source, out, clean, seed, batch_pixels=64 * 32 * 32):
-    """Purify every image under `source` into the same tree under `out` with clean(images (N, 3, H, W), seeds (N,)); what is there is kept.
-
-    Returns how many could not be read; each is named and skipped.
-    """
+def pairs(source, out):
+    """(file, where its LE goes) for one image, or for every image under a folder."""
+    if source.is_file():
+        return [(source, out)]
     files = sorted(file for file in source.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
     if not files:
         raise BadInput(f"{source}: no images; expected {', '.join(IMAGES)}")
-    todo = [(file, target) for file in files if not (target := target_of(file, source, out)).exists()]
+    return [(file, target_of(file, source, out)) for file in files]
+
+
+def purify_images(files, clean, seed, batch_pixels=64 * 32 * 32):
+    """Purify image files, (source, target) each, with clean(images (N, 3, H, W), seeds (N,)); targets that are there already are kept.
+
+    Returns how many could not be read; each is named and skipped.
+    """
+    todo = [(file, target) for file, target in files if not target.exists()]
     if len(todo) < len(files):
-        print(f"{out}: {len(files) - len(todo)} of {len(files)} are there already and are kept")
+        print(f"{len(files) - len(todo)} of {len(files)} are there already and are kept")
     if any(file.suffix.lower() in (".jpg", ".jpeg") for file, _ in todo):
         print("JPEG files are written as PNG, which adds no losses of its own")
     report, unread, batch = Progress("purify"), 0, []
 
     def flush():
-        seeds = [zlib.crc32(f"{seed} {file.relative_to(source)}".encode()) for file, _, _ in batch]  # neither order nor a restart changes the noise
+        seeds = [zlib.crc32(f"{seed} {file.name}".encode()) for file, _, _ in batch]  # neither order nor a restart changes the noise
         for (_, target, image), pixels in zip(batch, clean(torch.stack([pixels_of(image) for _, _, image in batch]), seeds)):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.partial")
@@ -430,8 +437,9 @@ def main(argv=None):
             raise BadInput(f"{source}: no such file or folder")
         if source.resolve() in (out.resolve(), *out.resolve().parents):
             raise BadInput(f"{out}: expected a place outside {source}")
-        if source.is_file() and (source.suffix not in (".npy", ".npz", ".pt") or out.suffix != source.suffix):
-            raise BadInput(f"{source} {out}: expected a folder, or two files that both end in .npy, .npz or .pt")
+        array, lossless = source.suffix in (".npy", ".npz", ".pt"), (".png", ".webp", ".bmp")
+        if source.is_file() and not (out.suffix == source.suffix if array else source.suffix.lower() in IMAGES and out.suffix.lower() in lossless):
+            raise BadInput(f"{source} {out}: expected two folders, two files that both end in .npy, .npz or .pt, or an image and one of {', '.join(lossless)}")
         for name, stage in (("unet", "ddpm"), ("perceptual", "vgg")):
             if files[name] is None and (name == "unet" or sampler.perceptual_weight):
                 raise BadInput(f"--{name} is missing; `python train.py {stage} --data FOLDER`, FOLDER with your own unprotected images in class folders, "
@@ -442,9 +450,9 @@ def main(argv=None):
         net = unet.load(files["unet"], DEVICE).to(memory_format=torch.channels_last)
         distance = perceptual.load(files["perceptual"], files["lpips"], DEVICE).to(memory_format=torch.channels_last) if files["perceptual"] else None
         clean = lambda images, seeds: purify_any(net, distance, images, sampler, seeds)
-        if source.is_file():
+        if source.is_file() and array:
             purify_array(source, out, clean, seed)
-        elif unread := purify_folder(source, out, clean, seed):
+        elif unread := purify_images(pairs(source, out), clean, seed):
             sys.exit(f"le.py: {unread} files could not be read; all others are in {out}")
 
 

@@ -771,6 +771,14 @@ def test_le_purifies_a_folder_and_keeps_names_modes_and_formats(tmp_path, checkp
     assert made["a.png"].tobytes() != picture("RGB").tobytes()
 
 
+def test_le_purifies_one_image_as_it_does_in_a_folder(tmp_path, checkpoints):
+    (tmp_path / "in").mkdir()
+    picture("RGB").save(tmp_path / "in" / "a.png")
+    le.main([str(tmp_path / "in"), str(tmp_path / "out"), *checkpoints])
+    le.main([str(tmp_path / "in" / "a.png"), str(tmp_path / "one.png"), *checkpoints])
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "out" / "a.png").read_bytes()
+
+
 def test_le_restarts_names_what_it_cannot_read_and_does_not_depend_on_order(tmp_path, checkpoints, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
@@ -867,11 +875,13 @@ def test_le_downloads_released_weights_only_when_asked(tmp_path, checkpoints, mo
     (["in", "out", "--steps", "0"], "steps"),
     (["in", "out", "--fast"], "--fast"),
     (["in/a.npy", "out.npz"], "both end in"),
+    (["in/a.png", "out.jpg"], "or an image and one of .png"),
 ])
 def test_le_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     np.save("in/a.npy", np.zeros((1, 8, 8, 3), np.uint8))
+    picture("RGB").save("in/a.png")
     with pytest.raises(SystemExit) as stop:
         le.main(arguments)
     said = capsys.readouterr().err
