@@ -57,7 +57,7 @@ class Config:
     resnet_blocks: int = 1            # residual blocks a level
     resnet_strides: tuple = (2, 2, 2)  # of each level
     # victim that learns labels
-    classifier_epochs: int = 12
+    classifier_epochs: int = 16
     classifier_batch: int = 128
     classifier_lr: float = 0.1
     # victim that learns without labels
@@ -899,7 +899,7 @@ def trade_off(results, path):
     for colour, (name, result) in zip(COLOURS, results.items()):
         points = {r["countermeasure"]: (r["psnr"], r["accuracy"], r["countermeasure"].removeprefix("joint, weights ")) for r in result["rows"] if r["psnr"] < 100}
         curve = ["unguided", *(f"joint, weights x {w:g}" for w in (0.25, 0.5)), "joint", *(f"joint, weights x {w:g}" for w in (2, 4))]
-        series += [(name, colour, True, [points[label] for label in curve]),
+        series += [(name, colour, True, [points[label] for label in curve if label in points]),
                    ("", colour, False, [point for label, point in points.items() if label not in curve and not label.startswith("joint, ")])]
     plot(path, series, "PSNR to the original, dB", "accuracy on clean images, %", 100)
 
