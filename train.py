@@ -586,7 +586,9 @@ class Experiment:
         """
         c, (images, labels) = self.config, self.sets["protected"]
         if c.perturbation:
-            return {Path(c.perturbation).stem: foreign_ues(c.perturbation, images, labels, self.classes, self.source)}
+            ues = foreign_ues(c.perturbation, images, labels, self.classes, self.source)
+            print(f"{c.perturbation}: changes a channel by {255 * (ues - images).abs().max():.0f}/255 at most, {255 * (ues - images).abs().mean():.1f}/255 on average")
+            return {Path(c.perturbation).stem: ues}
         x, y, epsilon, ues = batch_of(images), labels.to(DEVICE), c.epsilon / 255, {}
         for family in c.protections.split(","):
             kind = VICTIMS[family]
