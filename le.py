@@ -6,8 +6,8 @@ does not: pixel distance, then perceptual distance.
 
     python le.py IN OUT --unet runs/shapes/ddpm.pt --perceptual runs/shapes/vgg.pt
 
-IN is an image or a folder of them (PNG, JPEG, WebP, BMP; any size, nested), a .npy or .npz array (uint8, N x H x W x 3) or a .pt tensor
-(N x 3 x H x W, uint8 or in [0, 1]); OUT gets the same, purified. What is in OUT already is kept, so a restart goes on.
+IN is an image or a folder of them (PNG, JPEG, WebP, BMP; any size, nested), a .npy or .npz array (uint8, N x H x W x 3)
+or a .pt tensor (N x 3 x H x W, uint8 or in [0, 1]); OUT gets the same, purified. What is in OUT is kept, so a restart goes on.
 """
 import argparse
 import hashlib
