@@ -145,7 +145,7 @@ def purify_any(unet, distance, images, sampler=Sampler(), seeds=(0,), tile=128, 
     They are padded by reflection to what the U-Net takes and cropped back; larger ones than `tile` are purified in overlapping tiles,
     whose weights fall off towards their edges.
     """
-    n, _, h, w = images.shape
+    h, w = images.shape[2:]
     pad = lambda length: max(-length % unet.multiple, 32 - length)  # the last of the VGG's maps is 16 times smaller
     x = torch.from_numpy(np.pad(images.numpy(), ((0, 0), (0, 0), (0, pad(h)), (0, pad(w))), mode="reflect"))
     height, width = (min(length, tile) for length in x.shape[2:])

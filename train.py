@@ -110,6 +110,13 @@ PRESETS = {
 # What a protection is made against, and who judges it: error-minimizing noise and contrastive poisoning
 VICTIMS = {"em": "classifier", "cp": "simclr"}
 
+
+def judge_of(protection, victims=VICTIMS):
+    """The kind of victim that judges a protection, by its family: cp-sample's is that of "cp". Somebody else's is judged by a classifier."""
+    return victims.get(protection.split("-")[0], "classifier")
+
+
+
 torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down several times
 
 
@@ -663,7 +670,7 @@ class Experiment:
         """The table: {"clean": of the classifier, "floor": linear probe of a fresh encoder, "rows": [{"protection", "clean", "ue", "le", "recovery", "psnr_ue", "psnr_le"}]}."""
         c, (images, labels), rows = self.config, self.sets["protected"], []
         for name, ues in self.protect.items():
-            kind, les = kinds.get(name.split("-")[0], "classifier"), self.purify[name]
+            kind, les = judge_of(name, kinds), self.purify[name]
             clean, on_ue, on_le = (self.score(kind, *of) for of in (("clean", images), (f"{name}-ue", ues), (f"{name}-le", les)))
             recovery = round((on_le - on_ue) / (clean - on_ue), 3) if clean - on_ue > 1 else None  # nothing was lost, nothing can be recovered
             rows.append(dict(protection=name, clean=round(clean, 2), ue=round(on_ue, 2), le=round(on_le, 2), recovery=recovery,
@@ -763,7 +770,7 @@ def strip(e, path):
 def curves(e, path):
     """Loss of the classifiers at each epoch: on UEs it falls before there was time to learn a picture."""
     runs = {"clean": e.sets["protected"][0]} | {f"{name}-{what}": images[name] for name in e.protect for what, images in (("ue", e.protect), ("le", e.purify))
-                                                if VICTIMS.get(name.split("-")[0], "classifier") == "classifier"}
+                                                if judge_of(name) == "classifier"}
     losses = {name: e.victim("classifier", name, images)[1] for name, images in runs.items()}
     plot(path, [(name, COLOURS[i % len(COLOURS)], True, [(k + 1, loss, "") for k, loss in enumerate(values)]) for i, (name, values) in enumerate(losses.items())],
          "epoch", "training loss", 2.5)
@@ -771,10 +778,10 @@ def curves(e, path):
 
 def confusion(e, path, zoom=24, margin=80):
     """What classifiers trained on clean images, UEs and LEs take clean images for: rows are classes, columns answers, blue is often."""
-    name = next(name for name in [*e.protect, "none"] if VICTIMS.get(name.split("-")[0], "classifier") == "classifier")
-    if name == "none":
+    name = next((name for name in e.protect if judge_of(name) == "classifier"), None)
+    if name is None:
         return
-    (x, y), n, k = e.sets[e.config.evaluate], len(e.classes), 0
+    (x, y), n = e.sets[e.config.evaluate], len(e.classes)
     canvas = Image.new("RGB", (margin + 3 * (n * zoom + 16), 20 + n * zoom + 6), "white")
     draw = ImageDraw.Draw(canvas)
     for k, (title, key, images) in enumerate((("clean", "clean", e.sets["protected"][0]), (f"{name} UE", f"{name}-ue", e.protect[name]),
@@ -855,7 +862,7 @@ def ablation(experiment, victims=3):
     """A table, ablation.json and ablation.png: for each countermeasure the accuracy, over `victims` seeds, and what it costs."""
     c, e, (originals, _), vgg, everything = experiment.config, experiment, experiment.sets["protected"], experiment.vgg, {}
     for name in c.ablate.split(","):
-        ues, kind, rows, base = e.protect[name], VICTIMS.get(name.split("-")[0], "classifier"), [], {}
+        ues, kind, rows, base = e.protect[name], judge_of(name), [], {}
         spread = lambda what, images: np.array([e.score(kind, f"{what}-{k}", images, c.seed + k) for k in range(victims)])
         clean = spread("clean", originals)
         for label, counter in countermeasures(c.sampler).items():
@@ -908,8 +915,8 @@ def trade_off(results, path):
 
 def bench(experiment, repeats=5):
     """Images a second of each inner loop, and what purification costs over the network evaluations that it makes."""
-    c, e, n = experiment.config, experiment, 512
-    images, labels = experiment.sets["protected"][0][:n], experiment.sets["protected"][1][:n]
+    c, e = experiment.config, experiment
+    images, labels = (part[:512] for part in e.sets["protected"])
     n, x, g, quiet = len(images), batch_of(images), torch.Generator().manual_seed(0), lambda *a, **k: None
     net = UNet(c.unet_width, c.unet_mults, c.unet_blocks, c.unet_attention, c.unet_dropout, c.unet_patch, images.shape[-1]).to(DEVICE, memory_format=torch.channels_last)
     vgg = perceptual.PerceptualDistance(perceptual.VGG(c.vgg_width, c.vgg_convs)).to(DEVICE, memory_format=torch.channels_last)
@@ -929,7 +936,7 @@ def bench(experiment, repeats=5):
              "contrastive noise, sample-wise": (lambda: passes(e.learner("simclr", 0, labels, g)), n),
              "classifier training": (lambda: fit(surrogate, choose, x, epochs=1, lr=0.01, batch_size=c.classifier_batch, generator=g, report=quiet), n)}
     times = {name: [] for name in loops}
-    for repeat in range(repeats + 1):                      # in turn, so that a busy machine is busy for all; the first warms up
+    for _ in range(repeats + 1):                      # in turn, so that a busy machine is busy for all; the first warms up
         for name, (loop, _) in loops.items():
             start = time.time()
             loop()
