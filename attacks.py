@@ -5,7 +5,7 @@ is left to learn: the network finds the noise, which says the class, before it f
 "Indiscriminate Poisoning Attacks on Unsupervised Contrastive Learning", arXiv 2202.11202) does the same to networks that learn
 without labels: the noise says which two views are of one image. Both are one alternation, `min_min`, over two losses.
 Images here are in [0, 1], (B, 3, H, W); perturbations are in the same unit, at most epsilon in every channel.
-Random choices are drawn per image from `generator`, a CPU torch.Generator.
+Random choices are drawn per image from `generator`, a CPU torch.Generator; indices stay on the CPU too, where counting them keeps no GPU waiting.
 """
 import math
 from itertools import islice
@@ -27,14 +27,15 @@ def resample(x, rows, columns):
 
 def flip_half(columns, generator):
     """Reverse the order of the output columns (B, w, W) for half of the images: a random horizontal flip."""
-    return torch.where(torch.rand(len(columns), 1, 1, generator=generator) < 0.5, columns.flip(1), columns)
+    flipped = (torch.rand(len(columns), 1, 1, generator=generator) < 0.5).to(columns.device)
+    return torch.where(flipped, columns.flip(1), columns)
 
 
 def crop_flip(x, generator, pad=4):
     """Random crop of the zero-padded image and random horizontal flip: (B, C, H, W) -> same. What nearly every CIFAR classifier does."""
     n, _, h, w = x.shape
-    down, right = torch.randint(-pad, pad + 1, (2, n, 1, 1), generator=generator)
-    i, j = torch.arange(h), torch.arange(w)
+    down, right = torch.randint(-pad, pad + 1, (2, n, 1, 1), generator=generator).to(x.device)
+    i, j = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
     rows = i[:, None] + down == i                          # (B, h, H): output row i shows input row i + down
     columns = flip_half(j[:, None] + right == j, generator)
     return resample(x, rows.to(x), columns.to(x))
@@ -46,8 +47,9 @@ def bilinear(start, length, n_in, n_out):
     A triangle as wide as two input pixels, or two output pixels where it shrinks, around the centre of each output pixel.
     """
     scale = (length / n_out).view(-1, 1, 1)
-    centre = start.view(-1, 1, 1) + (torch.arange(n_out) + 0.5)[:, None] * scale
-    weight = (1 - (torch.arange(n_in) + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
+    place = lambda n: torch.arange(n, device=start.device) + 0.5
+    centre = start.view(-1, 1, 1) + place(n_out)[:, None] * scale
+    weight = (1 - (place(n_in) - centre).abs() / scale.clamp_min(1)).clamp_min(0)
     return weight / weight.sum(-1, keepdim=True)
 
 
@@ -57,7 +59,7 @@ def random_resized_crop(x, generator, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 
     (B, C, H, W) -> (B, C, size, size). A box that is too long for the image is shortened to it.
     """
     n, _, h, w = x.shape
-    area, aspect, top, left = torch.rand(4, n, generator=generator)
+    area, aspect, top, left = torch.rand(4, n, generator=generator).to(x.device)
     area = h * w * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * aspect)
     height, width = (area / aspect).sqrt().clamp_max(h), (area * aspect).sqrt().clamp_max(w)
@@ -179,7 +181,7 @@ def min_min(model, choose, images, rows, perturbation, *, rounds, train_batches=
     model         surrogate network, trained in place; a continued one may be given
     choose        what it is to learn: `classify` makes error-minimizing noise, `find_partner` contrastive poisoning
     images        (N, 3, H, W) in [0, 1]
-    rows          (N,) the perturbation each image wears: its label makes noise class-wise, its index sample-wise
+    rows          (N,) on the CPU, the perturbation each image wears: its label makes noise class-wise, its index sample-wise
     perturbation  (R, 3, H, W) start, at most epsilon; not changed
     Each round trains the surrogate on `train_batches` of published images, then, its weights frozen and in evaluation mode, takes
     `noise_steps` signed-gradient steps of size `step` on each of `noise_batches` (default: one pass over all the images).
@@ -194,7 +196,7 @@ def min_min(model, choose, images, rows, perturbation, *, rounds, train_batches=
 
     def batches():
         while True:
-            yield from torch.randperm(len(images), generator=generator).to(images.device).split(batch_size)
+            yield from torch.randperm(len(images), generator=generator).split(batch_size)
 
     stream, perturbation, velocity, history = batches(), perturbation.clone(), torch.zeros_like(perturbation), []
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)

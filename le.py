@@ -6,11 +6,14 @@ does not: pixel distance, then perceptual distance.
 
     python le.py IN OUT --unet runs/shapes/ddpm.pt --perceptual runs/shapes/vgg.pt
 
+    torchrun --nproc_per_node=2 le.py IN OUT ...   the same by two processes, on a GPU each if there are
+
 IN is an image or a folder of them (PNG, JPEG, WebP, BMP; any size, nested), a .npy or .npz array (uint8, N x H x W x 3)
 or a .pt tensor (N x 3 x H x W, uint8 or in [0, 1]); OUT gets the same, purified. What is in OUT is kept, so a restart goes on.
 """
 import argparse
 import hashlib
+import io
 import math
 import os
 import sys
@@ -18,12 +21,14 @@ import time
 import urllib.request
 import warnings
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 
 import perceptual
@@ -31,6 +36,7 @@ import unet
 from unet import levels, posterior, predict_x0, q_sample, sigma
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # which of how many: set by torchrun
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,14 @@ class Sampler:
     switch: int | None = 40        # pixel distance above this level, perceptual distance from it down; None: both throughout
     target: str = "x0"             # what is compared: "x0": predicted x0 with the UE; "same", "fresh": x_t with the UE diffused
                                    # to level t by the noise of the first diffusion, or by new noise at every step
+    compare: str = "colour"        # what the distances see: "colour", or "grey", the mean of the channels
 
     def __post_init__(self):
         levels(self.t_star, self.steps)                    # raises ValueError if they cannot be
         if self.target not in ("x0", "same", "fresh"):
             raise ValueError(f"target is x0, same or fresh, not {self.target!r}")
+        if self.compare not in ("grey", "colour"):
+            raise ValueError(f"compare is grey or colour, not {self.compare!r}")
         if self.rounds < 1 or min(self.pixel_weight, self.perceptual_weight) < 0:
             raise ValueError(f"rounds is at least 1 and weights are not negative: {self}")
 
@@ -58,19 +67,27 @@ RELEASED_WEIGHT = 3 * 70000 / (2 * 8 / 255) / 500
 RELEASED = Sampler(t_star=36, rounds=4, steps=36, pixel_weight=RELEASED_WEIGHT, perceptual_weight=RELEASED_WEIGHT, switch=10, target="fresh")
 
 
+def seen(x, sampler):
+    """What the distances see of images (B, 3, H, W): themselves, or their grey values in every channel.
+
+    Noise made against photographs is mostly in colours, of which they have few: grey keeps the picture, and leaves the colours to the U-Net.
+    """
+    return x.mean(1, keepdim=True).expand_as(x) if sampler.compare == "grey" else x
+
+
 def guidance(x, y, t, distance, y_embedding, sampler):
     """Gradient with respect to x (B, 3, H, W), in [-1, 1], of its weighted distances to y that apply at level t.
 
     Every image's distance is its own. The pixel distance is the mean squared difference, whose gradient needs no autograd;
-    `y_embedding()` gives the target's perceptual features and is called only where the perceptual distance applies.
+    `y_embedding()` gives the perceptual features of what is `seen` of the target and is called only where the perceptual distance applies.
     """
     gradient = torch.zeros_like(x)
     if sampler.pixel_weight and (sampler.switch is None or t > sampler.switch):
-        gradient += sampler.pixel_weight * 2 * (x - y) / x[0].numel()
+        gradient += sampler.pixel_weight * 2 * seen(x - y, sampler) / x[0].numel()
     if sampler.perceptual_weight and (sampler.switch is None or t <= sampler.switch):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            d = (distance.embed(x / 2 + 0.5) - y_embedding()).square().sum()
+            d = sum((a - b).square().sum() for a, b in zip(distance.embed(seen(x / 2 + 0.5, sampler)), y_embedding()))
             gradient += sampler.perceptual_weight * torch.autograd.grad(d, x)[0]
     return gradient
 
@@ -86,7 +103,7 @@ def joint_conditioned_mean(mean, var, t, gradient):
 
 def denoise(unet, distance, ue, sampler, draw):
     """One batch of UEs (B, 3, H, W) in [-1, 1] -> LEs in [-1, 1]. `draw()` returns standard normal noise of that shape."""
-    embed = lambda y: distance.embed(y / 2 + 0.5)
+    embed = lambda y: distance.embed(seen(y / 2 + 0.5, sampler))
     ue_embedding = embed(ue) if sampler.perceptual_weight and sampler.target == "x0" else None
     x, visited = ue, levels(sampler.t_star, sampler.steps)
     for _ in range(sampler.rounds):
@@ -105,6 +122,11 @@ def denoise(unet, distance, ue, sampler, draw):
     return x
 
 
+def seeds_of(seed, places):
+    """A seed for each place, so that an image's noise does not depend on who else is purified, when and where."""
+    return [seed * 1_000_003 + place for place in places]
+
+
 @torch.no_grad()
 def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=128, report=lambda done, total: None):
     """Turn unlearnable examples into learnable ones with the joint-conditional diffusion model (Jiang et al. 2023).
@@ -117,7 +139,7 @@ def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=128, re
     if images.numel() and not 0 <= images.min() <= images.max() <= 1:
         raise ValueError(f"images must be in [0, 1], got {images.min():.3f} to {images.max():.3f}")
     device, out = next(unet.parameters()).device, torch.empty_like(images)
-    seeds = [seed * 1_000_003 + j for j in range(len(images))] if isinstance(seed, int) else seed
+    seeds = seeds_of(seed, range(len(images))) if isinstance(seed, int) else seed
     for i in range(0, len(images), batch_size):
         ue = images[i:i + batch_size].to(device, memory_format=torch.channels_last) * 2 - 1
         generators = [torch.Generator().manual_seed(s) for s in seeds[i:i + batch_size]]
@@ -155,10 +177,58 @@ def purify_any(unet, distance, images, sampler=Sampler(), seeds=(0,), tile=128, 
     ramp = lambda length: torch.minimum(torch.arange(1, length + 1), torch.arange(length, 0, -1)).clamp_max(overlap).float()
     weight, total, weights = ramp(height)[:, None] * ramp(width), torch.zeros_like(x), torch.zeros(x.shape[2:])
     for k, (i, j) in enumerate(corners):
-        part = purify(unet, distance, x[:, :, i:i + height, j:j + width].contiguous(), sampler, [seed * 1_000_003 + k for seed in seeds])
+        part = purify(unet, distance, x[:, :, i:i + height, j:j + width].contiguous(), sampler, [seeds_of(seed, [k])[0] for seed in seeds])
         total[:, :, i:i + height, j:j + width] += weight * part
         weights[i:i + height, j:j + width] += weight
     return (total / weights)[:, :, :h, :w].mul(255).round().div(255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One GPU, or several processes with one each
+
+def accelerated(net, device=DEVICE):
+    """On CUDA, the network computes in bfloat16 where that is safe (autocast), many times as fast; what it returns, and all around it, is float32."""
+    if device == "cuda":
+        forward = torch.autocast(device, torch.bfloat16)(net.forward)
+        net.forward = lambda *inputs: forward(*inputs).float()
+    return net
+
+
+@contextmanager
+def joined():
+    """Within, under torchrun, the processes can exchange tensors; each has its own GPU, and only the first one talks."""
+    if PROCESSES == 1:
+        yield
+        return
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(days=1))     # the first one may be busy long
+    try:
+        with redirect_stdout(sys.stdout if RANK == 0 else io.StringIO()):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier():
+    """Wait for the other processes."""
+    if PROCESSES > 1:
+        dist.barrier()
+
+
+def share(things):
+    """This process's part of things, every PROCESSES-th of them; `gathered` is its inverse."""
+    return things[RANK::PROCESSES]
+
+
+def gathered(mine, n):
+    """The whole (n, ...) of which every process has made its `share`."""
+    if PROCESSES == 1:
+        return mine
+    whole = torch.zeros(n, *mine.shape[1:], dtype=mine.dtype, device=mine.device)
+    whole[RANK::PROCESSES] = mine
+    dist.all_reduce(whole)
+    return whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +266,7 @@ class Progress:
                 raise BadInput(f"{self.label}: {name} is {value} after {done} of {total}; a lower learning rate may help")
         now = time.time()
         self.first = self.first or (done, now)             # a resumed run does not start at 0
-        if done < total and now - self.shown < (0.2 if self.live else 20):
+        if RANK or done < total and now - self.shown < (0.2 if self.live else 20):
             return
         self.shown = now
         text = f"{self.label}: {done}/{total}" + "".join(f", {name} {value:.3g}" for name, value in values.items())
@@ -225,6 +295,13 @@ def download(url, sha256, path):
         raise BadInput(f"{url}: {error}; fetch it elsewhere and put it at {path}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fetch_weights(*files):
+    """Fetch those of the released weights (perceptual.WEIGHTS) that are named and are not there yet."""
+    for file in (Path(file) for file in files if file):
+        if file.name in perceptual.WEIGHTS and not file.exists():
+            download(*perceptual.WEIGHTS[file.name], file)
 
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -368,20 +445,23 @@ def purify_array(source, out, clean, seed, batch_size=64, save_every=30):
         print(f"{out}: is there already and is kept")
         return
     images, write = read_array(source)
-    partial, done, written, report = out.with_name(out.name + ".partial"), 0, time.time(), Progress("purify")
+    n, places, images = len(images), share(range(len(images))), share(images).contiguous()
+    partial, done, written, report = out.with_name(out.name + f".{RANK}of{PROCESSES}" * (PROCESSES > 1) + ".partial"), 0, time.time(), Progress("purify")
     out.parent.mkdir(parents=True, exist_ok=True)
     if partial.exists():
         made = unet.read(partial)
         images[:len(made)], done = made, len(made)
     for i in range(done, len(images), batch_size):
         batch = images[i:i + batch_size]
-        images[i:i + batch_size] = clean(batch, [seed * 1_000_003 + j for j in range(i, i + len(batch))])
+        images[i:i + batch_size] = clean(batch, seeds_of(seed, places[i:i + batch_size]))
         report(i + len(batch), len(images))
         if time.time() - written > save_every:
             unet.save(partial, images[:i + len(batch)].clone())
             written = time.time()
-    write(out.with_name(out.name + ".tmp"), images)
-    os.replace(out.with_name(out.name + ".tmp"), out)
+    images = gathered(images, n)
+    if RANK == 0:
+        write(out.with_name(out.name + ".tmp"), images)
+        os.replace(out.with_name(out.name + ".tmp"), out)
     partial.unlink(missing_ok=True)
 
 
@@ -431,7 +511,7 @@ def main(argv=None):
     options = parse(argv)
     source, out, seed, wanted = Path(options.pop("source")), Path(options.pop("out")), options.pop("seed"), options.pop("download")
     files = {name: options.pop(name) for name in ("unet", "perceptual", "lpips")}
-    with explained("le.py", ValueError):                   # what unet.load and perceptual.load say of a file
+    with joined(), explained("le.py", ValueError):                   # what unet.load and perceptual.load say of a file
         sampler = sampler_from(options)
         if not source.exists():
             raise BadInput(f"{source}: no such file or folder")
@@ -444,15 +524,15 @@ def main(argv=None):
             if files[name] is None and (name == "unet" or sampler.perceptual_weight):
                 raise BadInput(f"--{name} is missing; `python train.py {stage} --data FOLDER`, FOLDER with your own unprotected images in class folders, "
                                f"makes runs/FOLDER/{stage}.pt")
-        for file in (Path(file) for file in (files["perceptual"], files["lpips"]) if wanted and file):
-            if file.name in perceptual.WEIGHTS and not file.exists():
-                download(*perceptual.WEIGHTS[file.name], file)
-        net = unet.load(files["unet"], DEVICE).to(memory_format=torch.channels_last)
+        if wanted and RANK == 0:
+            fetch_weights(files["perceptual"], files["lpips"])
+        barrier()
+        net = accelerated(unet.load(files["unet"], DEVICE).to(memory_format=torch.channels_last))
         distance = perceptual.load(files["perceptual"], files["lpips"], DEVICE).to(memory_format=torch.channels_last) if files["perceptual"] else None
         clean = lambda images, seeds: purify_any(net, distance, images, sampler, seeds)
         if source.is_file() and array:
             purify_array(source, out, clean, seed)
-        elif unread := purify_images(pairs(source, out), clean, seed):
+        elif unread := purify_images(share(pairs(source, out)), clean, seed):
             sys.exit(f"le.py: {unread} files could not be read; all others are in {out}")
 
 

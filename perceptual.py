@@ -64,15 +64,15 @@ class PerceptualDistance(nn.Module):
             raise ValueError(f"need non-negative weights for {channels} channels, got {[len(w) for w in self.weights]}")
 
     def embed(self, x):
-        """Features (B, D) whose squared Euclidean distance is the perceptual distance, so that a fixed target is embedded once."""
-        parts = []
+        """Five feature maps (B, c_l, h_l, w_l) whose squared differences add up to the perceptual distance, so that a fixed target is embedded once."""
+        maps = []
         for h, w in zip(self.vgg.stages(x), self.weights):
-            h = h / (h.square().sum(1, keepdim=True) + 1e-10).sqrt()      # 1e-10: a dead position has no gradient, not NaN
-            parts.append((h * (w / h[0, 0].numel()).sqrt().view(1, -1, 1, 1)).flatten(1))
-        return torch.cat(parts, dim=1)
+            h = h * (h.square().sum(1, keepdim=True) + 1e-10).rsqrt()     # 1e-10: a dead position has no gradient, not NaN
+            maps.append(h * (w / h[0, 0].numel()).sqrt().view(1, -1, 1, 1))
+        return maps
 
     def forward(self, x, y):
-        return (self.embed(x) - self.embed(y)).square().sum(1)
+        return sum((a - b).square().sum((1, 2, 3)) for a, b in zip(self.embed(x), self.embed(y)))
 
 
 WEIGHTS = {  # official address and sha256

@@ -4,6 +4,7 @@
     python -m pytest -k q_sample          the tests of one function
 """
 import ast
+import copy
 import functools
 import io
 import json
@@ -15,6 +16,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -582,19 +585,25 @@ def nets():
 JOINT = Sampler(t_star=12, rounds=2, steps=3, pixel_weight=1e4, perceptual_weight=10.0, switch=6)
 
 
-def test_guidance_pixel_is_the_gradient_of_the_mean_squared_difference():
+# What the distances may see of an image, written another way than in le.py
+SEEN = {"colour": lambda x: x, "grey": lambda x: torch.einsum("ij,bjhw->bihw", torch.full((3, 3), 1 / 3, dtype=x.dtype), x)}
+
+
+@pytest.mark.parametrize("compare", SEEN)
+def test_guidance_pixel_is_the_gradient_of_the_mean_squared_difference(compare):
     x, y = torch.randn(2, 3, 8, 8, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    expected, = torch.autograd.grad(7 * (x - y).square().mean((1, 2, 3)).sum(), x)
-    got = guidance(x.detach(), y, 20, None, None, Sampler(pixel_weight=7.0, switch=10))
+    expected, = torch.autograd.grad(7 * (SEEN[compare](x) - SEEN[compare](y)).square().mean((1, 2, 3)).sum(), x)
+    got = guidance(x.detach(), y, 20, None, None, Sampler(pixel_weight=7.0, switch=10, compare=compare))
     assert torch.allclose(got, expected)
 
 
-def test_guidance_perceptual_is_the_gradient_of_the_distance(nets):
-    distance = nets[1]
-    x, y = (images(2) * 2 - 1).requires_grad_(), images(2) * 2 - 1
-    expected, = torch.autograd.grad(7 * distance(x / 2 + 0.5, y / 2 + 0.5).sum(), x)
-    got = guidance(x.detach(), y, 10, distance, lambda: distance.embed(y / 2 + 0.5), Sampler(perceptual_weight=7.0, switch=10))
-    assert torch.allclose(got, expected, atol=1e-5)
+@pytest.mark.parametrize("compare", SEEN)
+def test_guidance_perceptual_is_the_gradient_of_the_distance(nets, compare):
+    distance, see = copy.deepcopy(nets[1]).double(), SEEN[compare]
+    x, y = (images(2).double() * 2 - 1).requires_grad_(), images(2).double() * 2 - 1
+    expected, = torch.autograd.grad(7 * distance(see(x / 2 + 0.5), see(y / 2 + 0.5)).sum(), x)
+    got = guidance(x.detach(), y, 10, distance, lambda: distance.embed(see(y / 2 + 0.5)), Sampler(perceptual_weight=7.0, switch=10, compare=compare))
+    assert torch.allclose(got, expected)
 
 
 def test_guidance_switch_and_both_at_once(nets):
@@ -1132,19 +1141,31 @@ def test_main_cross_puts_each_protection_before_the_other_victim(tmp_path):
 
 def test_main_ablation_compares_every_countermeasure_on_validation_images(tmp_path, capsys):
     run = tmp_path / "run"
-    train.main(["ablation", *SMALL, "--protected", "20", "--protections", "em", "--ablate", "em-class", "--classifier_epochs", "1", "--out", str(run)])
+    train.main(["ablation", *SMALL, "--protected", "20", "--protections", "em", "--ablate", "em-class,em-sample", "--classifier_epochs", "1", "--out", str(run)])
     result = json.loads((run / "ablation.json").read_text())
     rows = {row["countermeasure"]: row for row in result["em-class"]["rows"]}
-    assert result["evaluate"] == "validation" and list(rows) == list(train.countermeasures(Sampler()))
+    assert result["evaluate"] == "validation" and list(rows) == [*train.countermeasures(Sampler()), *train.variations(Sampler())]
+    assert [row["countermeasure"] for row in result["em-sample"]["rows"]] == list(train.countermeasures(Sampler()))
     assert rows["none"]["evaluations"] == 0 and rows["none"]["recovery"] in (0, None) and rows["released, 36 levels"]["evaluations"] == 144
     assert rows["joint"]["evaluations"] == 8 and rows["joint, mean of two draws"]["evaluations"] == 16
     assert "| joint, both throughout |" in capsys.readouterr().out and Image.open(run / "ablation.png").width > 500
 
 
+def test_main_sweep_shows_what_a_setting_does(tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(["sweep", *SMALL, "--protections", "em", "--sweep", "epsilon=1,64", "--out", str(run)])
+    rows = json.loads((run / "sweep.json").read_text())
+    assert [(row["epsilon"], row["protection"]) for row in rows] == [(1, "em-class"), (1, "em-sample"), (64, "em-class"), (64, "em-sample")]
+    assert "| 64 |" in capsys.readouterr().out and Image.open(run / "sweep.png").width > 500
+    noise = [torch.load(run / f"epsilon-{n}" / "em-sample.pt", weights_only=True)["noise"].abs().max() * 255 for n in (1, 64)]
+    assert noise[0] <= 1.001 and 32 < noise[1] <= 64.001
+
+
 def test_main_bench_prints_rates_and_the_cost_of_guidance(tmp_path, capsys):
     train.main(["bench", *SMALL, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert said.count("images/s") == 6 and "times its 8 network evaluations" in said
+    shares = re.findall(r"images/s +([\d.]+) % of", said)
+    assert len(shares) == 6 and all(0 < float(share) < 100 for share in shares) and "times its 8 network evaluations" in said
 
 
 def test_countermeasures_without_a_network():
@@ -1168,6 +1189,87 @@ def test_main_judges_a_foreign_perturbation_and_exports_what_comes_of_it(tmp_pat
     assert (np.array(Image.open(files[7])) == made["data"][i]).all() and files[7].parent.name == train.SHAPES[made["label"][i]]
 
 
+def torchrun(*arguments, **environment):
+    """Run a program of this project by two processes; returns what they said."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)], cwd=HERE,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_torchrun_main_trains_everything_and_purifies_as_one_process_does(tmp_path):
+    run, small = tmp_path / "run", [*SMALL, "--protections", "em", "--protected", "33", "--out", str(tmp_path / "run")]
+    assert torchrun("train.py", *small).count("| em-sample |") == 1  # only one of them talks
+    made = torch.load(run / "em-sample.pt", weights_only=True)
+    changed = (made["images"].float() / 255 - train.shapes(33 + 60 + 40, 0)[0][:33]).abs().amax((1, 2, 3))
+    assert len(made["noise"]) == 33 and (changed > 1 / 255).all() and changed.max() <= EPSILON + 1e-6
+    both, written = {path: torch.load(path, weights_only=True) for path in run.glob("em-*-le.pt")}, (run / "em-sample.pt").stat().st_mtime_ns
+    for path in both:
+        path.unlink()
+    train.main(["purify", *small])
+    assert len(both) == 2 and (run / "em-sample.pt").stat().st_mtime_ns == written  # what two processes made serves one
+    for path in both:
+        alone = torch.load(path, weights_only=True)
+        assert alone["key"] == both[path]["key"] and (alone["images"].int() - both[path]["images"].int()).abs().max() <= 1
+
+
+def test_torchrun_le_purifies_an_array_as_one_process_does(tmp_path, checkpoints):
+    np.save(tmp_path / "in.npy", (images(5).permute(0, 2, 3, 1) * 255).round().byte().numpy())
+    files = [str(tmp_path / f"{name}.npy") for name in ("in", "alone", "both")]
+    le.main([files[0], files[1], *checkpoints])
+    torchrun("le.py", files[0], files[2], *checkpoints)
+    assert abs(np.load(files[1]).astype(int) - np.load(files[2])).max() <= 1 and not list(tmp_path.glob("*.partial"))
+
+
+def test_le_shares_a_folder_among_processes(tmp_path, checkpoints, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        picture("RGB", (32 + i, 32)).save(tmp_path / "in" / f"{i}.png")
+    le.main([str(tmp_path / "in"), str(tmp_path / "alone"), *checkpoints])
+    monkeypatch.setattr(le, "joined", nullcontext)
+    monkeypatch.setattr(le, "barrier", lambda: None)
+    monkeypatch.setattr(le, "PROCESSES", 2)
+    for rank, count in ((0, 3), (1, 5)):
+        monkeypatch.setattr(le, "RANK", rank)
+        le.main([str(tmp_path / "in"), str(tmp_path / "both"), *checkpoints])
+        assert len(list((tmp_path / "both").iterdir())) == count
+    for file in (tmp_path / "alone").iterdir():
+        assert (np.array(Image.open(file)) == np.array(Image.open(tmp_path / "both" / file.name))).all()
+
+
+def test_data_parallel_averages_the_gradients_of_all_processes(tmp_path):
+    program = tmp_path / "both.py"
+    program.write_text(f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import torch, le, train
+with le.joined():
+    torch.manual_seed(0)
+    net, x = train.data_parallel(torch.nn.Conv2d(3, 4, 3)), torch.randn(6, 3, 8, 8)
+    loss = lambda net, x: net(x).square().sum((1, 2, 3)).mean()
+    loss(net, le.share(x)).backward()
+    alone = torch.nn.Conv2d(3, 4, 3)
+    alone.load_state_dict(net.state_dict())
+    loss(alone, x).backward()
+    assert torch.allclose(net.weight.grad, alone.weight.grad, atol=1e-5) and torch.allclose(net.bias.grad, alone.bias.grad, atol=1e-5)
+    assert torch.equal(le.gathered(le.share(x), 6), x)
+    assert train.even_share(5).tolist() == [[0, 2, 4], [1, 3, 0]][le.RANK]
+    print("averaged")
+""")
+    assert torchrun(program).split() == ["averaged"]
+
+
+def test_accelerated_computes_in_bfloat16_and_returns_float32():
+    net, x = awake(UNet(**TINY)), torch.randn(2, 3, 32, 32)
+    exact = net(x, 5)
+    rough = le.accelerated(net, "cpu")(x, 5)
+    assert torch.equal(rough, exact)                       # only CUDA is worth it
+    autocast = torch.autocast
+    with pytest.MonkeyPatch.context() as patch:            # what CUDA would do, on a CPU
+        patch.setattr(torch, "autocast", lambda device, kind: autocast("cpu", kind))
+        rough = le.accelerated(net, "cuda")(x, 5)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact) and (rough - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--classifier_epoch", "3"], "--classifier_epoch"),
     (["--classifier_epochs", "many"], "--classifier_epochs"),
@@ -1181,6 +1283,9 @@ def test_main_judges_a_foreign_perturbation_and_exports_what_comes_of_it(tmp_pat
     (["--em_class_rounds", "0"], "--em_class_rounds"),
     (["--steps", "99", "--t_star", "36"], "steps"),
     (["--t_star", "200"], "--unet_levels"),
+    (["sweep", "--sweep", "colour=1,2"], "--sweep colour=1,2"),
+    (["sweep", "--sweep", "epsilon=1,x"], "--sweep"),
+    (["--config", "napkin"], "--config"),
     (["--resnet_strides", "2,2"], "--resnet_widths"),
     (["--resnet_strides", "2,x"], "--resnet_strides"),
 ])
@@ -1200,6 +1305,35 @@ def test_parse_lets_options_override_the_preset_of_the_data():
     assert train.parse(["--data", "cifar10", "--preset", "released", "--switch", "both"])[2].sampler == replace(RELEASED, switch=None)
 
 
+def test_parse_config_paper_is_the_papers_protocol():
+    c = train.parse(["--data", "cifar10", "--config", "paper", "--limit", "2"])[2]
+    with torch.device("meta"):
+        victim = train.ResNet(c.resnet_widths, c.resnet_blocks, c.resnet_strides, 10)
+        denoiser = UNet(c.unet_width, c.unet_mults, c.unet_blocks, c.unet_attention, c.unet_dropout, c.unet_patch)
+    assert [sum(p.numel() for p in net.parameters()) for net in (victim, denoiser)] == [11_173_962, 35_746_307]
+    assert (c.protected, c.test, c.unet_steps, c.em_sample_steps, c.classifier_epochs, c.noise_step, c.unet_levels) == (2, 2, 2, 2, 2, 0.1, T)
+
+
+def test_main_paper_runs_at_toy_size(tmp_path, monkeypatch, capsys):
+    """The paper's configuration, its networks made narrower; .ci/run has it whole."""
+    monkeypatch.setattr(VGG.__init__, "__defaults__", (4, (2, 2, 3, 3, 3), 10))
+    torch.save(awake(VGG()).state_dict(), tmp_path / "vgg16-397923af.pth")
+    train.main(["--config", "paper", "--limit", "2", "--resnet_widths", "4,4,8,8,8", "--unet_width", "32", "--vgg_weights", str(tmp_path / "vgg16-397923af.pth"),
+                "--lpips", "", "--out", str(tmp_path / "run")])
+    assert "| cp-sample |" in capsys.readouterr().out and not (tmp_path / "run" / "vgg.pt").exists()
+
+
+def test_main_ddpm_goes_on_from_a_checkpoint(tmp_path, capsys):
+    small = ["ddpm", *SMALL, "--unet_steps", "1", "--unet_lr", "1e-9"]
+    train.main([*small, "--seed", "1", "--out", str(tmp_path / "first")])
+    train.main([*small, "--unet_start", str(tmp_path / "first" / "ddpm.pt"), "--out", str(tmp_path / "second")])
+    first, second = (unet.load(tmp_path / name / "ddpm.pt").state_dict() for name in ("first", "second"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    with pytest.raises(SystemExit):
+        train.main([*small, "--unet_start", str(tmp_path / "none.pt"), "--out", str(tmp_path / "third")])
+    assert "none.pt: no such file" in capsys.readouterr().err
+
+
 def test_main_stops_in_one_line_when_a_loss_is_not_a_number(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["vgg", *SMALL, "--vgg_lr", "1e30", "--vgg_epochs", "4", "--out", str(tmp_path / "run")])
@@ -1216,10 +1350,11 @@ def test_main_stops_in_one_line_when_it_may_not_write(tmp_path, capsys):
 def test_readme_commands_are_understood():
     """Every indented or quoted command of the README is one that the programs, and this file, know."""
     text = (HERE / "README.md").read_text()
-    commands = re.findall(r"^    (python .*)$", text, re.M) + re.findall(r"`(python [^`]*)`", text)
+    start = r"(?:python|torchrun --nproc_per_node=\d+) "
+    commands = re.findall(rf"^    {start}(.*)$", text, re.M) + re.findall(rf"`{start}([^`]*)`", text)
     assert len(commands) > 20
     for command in commands:
-        program, *arguments = shlex.split(command)[1:]
+        program, *arguments = shlex.split(command)
         if program == "train.py":
             train.parse(arguments)
         elif program == "le.py":
@@ -1256,7 +1391,7 @@ ASSIGNMENTS = {"q_sample": unet.q_sample, "posterior": unet.posterior, "ddpm_los
                "noise_step": attacks.noise_step, "nt_xent_scores": attacks.nt_xent_scores, "guidance": le.guidance,
                "joint_conditioned_mean": le.joint_conditioned_mean}
 # Tests of other things, which would only take time where a function is missing
-SLOW = ("main", "le_", "assignment", "readme", "help", "real", "resumed", "defaults", "released_layouts", "cifar10", "foreign", "signed", "shapes")
+SLOW = ("main", "data_parallel", "le_", "assignment", "readme", "help", "real", "resumed", "defaults", "released_layouts", "cifar10", "foreign", "signed", "shapes")
 CLAIMS = {function.__name__: (name, " ".join(function.__doc__.split("\n\n")[0].split())) for name, function in ASSIGNMENTS.items()}
 
 
@@ -1279,11 +1414,12 @@ def graded(test):
     return run
 
 
-@pytest.mark.parametrize("name", ASSIGNMENTS)
-def test_assignment_fails_exactly_its_own_tests(name):
+def outcomes_without(name):
+    """{test: [outcome, what it said]} of this file in a process of its own, where the assignment is still to be written."""
     module, function = sys.modules[ASSIGNMENTS[name].__module__], ASSIGNMENTS[name]
     code = f"""
-import json, pytest, {module.__name__}
+import json, pytest, torch, {module.__name__}
+torch.set_num_threads(1)
 def {function.__name__}(*args, **kwargs):
     raise NotImplementedError
 {function.__name__}.__doc__ = {module.__name__}.{function.__qualname__}.__doc__
@@ -1300,7 +1436,19 @@ pytest.main(["-q", "-p", "no:cacheprovider", "{HERE / 'test_le.py'}"], plugins=[
 print(json.dumps(Seen.tests))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    tests = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def without():
+    """`outcomes_without` every assignment, made by as many processes as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(ASSIGNMENTS, pool.map(outcomes_without, ASSIGNMENTS)))
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_assignment_fails_exactly_its_own_tests(name, without):
+    tests = without[name]
     failed = {test for test, (outcome, _) in tests.items() if outcome == "failed"}
     assert failed == {test for test in tests if name in test} and failed
     assert all(f"{name} is yours to write: " in said for test, (_, said) in tests.items() if test in failed)

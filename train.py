@@ -4,6 +4,7 @@
     python train.py ddpm                   one stage and what it needs: ddpm, vgg, protect, purify, victim
     python train.py --data cifar10 --root cifar-10-binary.tar.gz
     python train.py --data DIR             your own folder of class folders with images
+    torchrun --nproc_per_node=2 train.py   the same by two processes, on a GPU each if there are
 
 Every stage keeps its result in runs/<data>/ and is redone only when its settings, its input or its code changed.
 """
@@ -26,16 +27,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import attacks
 import le
 import perceptual
 import unet
 from attacks import VIEWS, classify, crop_flip, find_partner, min_min, publish
-from le import DEVICE, BadInput, Parser, Progress, add_sampler_options, download, explained, sampler_from
+from le import (DEVICE, PROCESSES, RANK, BadInput, Parser, Progress, accelerated, add_sampler_options, barrier, download, explained, gathered, joined,
+                sampler_from, seeds_of, share)
 from unet import EMA, UNet, ddpm_loss, save
 
 
@@ -69,6 +73,7 @@ class Config:
     protections: str = "em,cp"        # error-minimizing noise, contrastive poisoning
     perturbation: str = ""            # somebody else's in place of ours: perturbation.pt, .npy, .npz or a folder (see foreign_ues)
     epsilon: float = 8                # largest change of a channel, of 255
+    noise_step: float = 0.2           # size of a step of the noise, of epsilon
     em_class_rounds: int = 40         # rounds of class-wise noise, of 10 training and 10 noise batches
     em_sample_rounds: int = 10        # rounds of sample-wise noise, of 10 training batches and all images
     em_sample_steps: int = 2          # noise steps on each image a round
@@ -89,22 +94,33 @@ class Config:
     unet_batch: int = 16
     unet_lr: float = 4e-3
     unet_ema: float = 0.999
+    unet_start: str = ""              # a checkpoint, such as released weights, to go on from instead of a fresh U-Net
     # perceptual distance
     vgg_width: int = 16
     vgg_convs: tuple = (1, 1, 1, 1, 1)  # convolutions in each of the five stages
     vgg_epochs: int = 24
     vgg_batch: int = 32               # without normalisation layers, small steps: larger batches and rates did not learn
     vgg_lr: float = 0.03
+    vgg_weights: str = ""             # torchvision's vgg16-397923af.pth, or another checkpoint, instead of training one
+    lpips: str = ""                   # LPIPS's linear layers for it
     # purification: le.Sampler, whose values are options too
     sampler: le.Sampler = field(default_factory=le.Sampler)
     ablate: str = "em-sample,cp-sample"  # protections that `ablation` looks at
+    sweep: str = "epsilon=4,8,16,32"  # setting of the protection, and its values, that `sweep` looks at
+    limit: int = 0                    # if not 0, at most so many images in each set, epochs, rounds and steps: to see whether it runs
 
 
-# What differs from the defaults above
+# What differs from the defaults above, by --data and by --config
 PRESETS = {
     "cifar10": dict(protected=6000, unprotected=5500, validation=500, test=2400, resnet_widths=(16, 32, 64, 128), classifier_epochs=30,
                     simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_steps=10000, vgg_epochs=40,
-                    sampler=le.Sampler(rounds=3, steps=5, pixel_weight=0.0, perceptual_weight=0.0)),  # with this prior, either condition cost accuracy
+                    unet_levels=250, sampler=le.Sampler(t_star=200, rounds=3, steps=5, perceptual_weight=0.0, switch=0, compare="grey")),
+    # the papers' protocol: ResNet-18, M = 10 and K = 20 with steps of epsilon / 10, the U-Net of Ho et al., VGG-16
+    "paper": dict(protected=40000, unprotected=9500, validation=500, test=10000, resnet_widths=(64, 64, 128, 256, 512), resnet_blocks=2,
+                  resnet_strides=(1, 2, 2, 2), classifier_epochs=60, simclr_epochs=200, simclr_batch=512, noise_step=0.1,
+                  em_sample_steps=20, em_sample_lr=0.1, cp_class_rounds=200, cp_sample_rounds=40, cp_sample_steps=5,
+                  unet_width=128, unet_mults=(1, 2, 2, 2), unet_blocks=2, unet_attention=(16,), unet_dropout=0.1, unet_patch=1, unet_levels=1000,
+                  unet_steps=40000, unet_batch=128, unet_lr=2e-4, unet_ema=0.9999, vgg_weights="runs/vgg16-397923af.pth", lpips="runs/lpips-vgg.pth"),
 }
 
 # What a protection is made against, and who judges it: error-minimizing noise and contrastive poisoning
@@ -259,13 +275,16 @@ def folder(root, size):
     return as_float(torch.stack(images)), torch.tensor(labels), [path.name for path in classes]
 
 
+SETS = ("protected", "unprotected", "validation", "test")
+
+
 def split_data(config):
     """The four disjoint sets {"protected" | "unprotected" | "validation" | "test": (images, labels)}, the class names, and where the
     protected images are from: the labels of all that there were, in their own order, and the protected ones' places in it.
 
     Raises BadInput if there is no such data, or less of it than config asks for.
     """
-    counts = {name: getattr(config, name) for name in ("protected", "unprotected", "validation", "test")}
+    counts = {name: getattr(config, name) for name in SETS}
     own_test = {}                                          # CIFAR-10 brings its own test images
     if config.data == "shapes":
         (images, labels), classes = shapes(sum(counts.values()), config.seed, config.size), SHAPES
@@ -380,6 +399,21 @@ class SimCLR(nn.Module):
         return self.projection(self.encoder.features(x))
 
 
+def data_parallel(net):
+    """Under torchrun, every backward pass through the network leaves the mean of all processes' gradients, as if each had seen all the batches."""
+    def average(w):
+        dist.all_reduce(w.grad)
+        w.grad /= PROCESSES
+    for w in net.parameters() if PROCESSES > 1 else ():
+        w.register_post_accumulate_grad_hook(average)
+    return net
+
+
+def even_share(n):
+    """Places of this process's part of n training images, as many for each process: where n does not divide, some are seen twice."""
+    return share(torch.arange(math.ceil(n / PROCESSES) * PROCESSES) % n)
+
+
 def fit(model, choose, images, *, epochs, lr, batch_size, generator, report):
     """Train the model in place with SGD (Nesterov momentum 0.9, weight decay 5e-4) and one learning-rate cycle.
 
@@ -440,7 +474,7 @@ def linear_probe(encoder, train, test):
 def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, report, partial, checkpoint_seconds=30):
     """Train in place by Ho et al. 2020, Algorithm 1, on noise levels 1..levels; returns the EMA of the weights (a state dict).
 
-    Every step draws from its own seed, so a run resumed from `partial`, a file written every `checkpoint_seconds`, ends where an
+    Every step of every process draws from its own seed, so a run resumed from `partial`, a file written every `checkpoint_seconds`, ends where an
     uninterrupted one does. The learning rate warms up over 100 steps and falls to zero along a half cosine.
     """
     optimizer, ema, start = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99)), EMA(net, ema_decay), 0
@@ -450,13 +484,13 @@ def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, r
         optimizer.load_state_dict(saved["optimizer"])
         ema.weights, ema.updates, start = saved["ema"], saved["step"], saved["step"]
     net.train()
-    written = time.time()
+    images, batch_size, written = images.to(DEVICE), math.ceil(batch_size / PROCESSES), time.time()
     for step in range(start, steps):
-        torch.manual_seed(seed * 1_000_003 + step)
+        torch.manual_seed(seeds_of(seed * PROCESSES + RANK, [step])[0])
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
         x0 = images[torch.randint(len(images), (batch_size,))] * 2 - 1
-        x0 = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, x0.flip(3), x0)
+        x0 = torch.where(torch.rand(batch_size, 1, 1, 1).to(DEVICE) < 0.5, x0.flip(3), x0)
         t, eps = torch.randint(1, levels + 1, (batch_size,)), torch.randn_like(x0)
         loss = ddpm_loss(net, batch_of(x0), t.to(DEVICE), batch_of(eps))
         optimizer.zero_grad()
@@ -465,7 +499,7 @@ def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, r
         ema.update(net)
         if step % 10 == 9 or step == steps - 1:
             report(step + 1, steps, loss=loss.item())
-        if time.time() - written > checkpoint_seconds:
+        if RANK == 0 and time.time() - written > checkpoint_seconds:
             save(partial, dict(step=step + 1, net=net.state_dict(), ema=ema.weights, optimizer=optimizer.state_dict()))
             written = time.time()
     return ema.weights
@@ -509,6 +543,23 @@ def digest(*things):
     return sha.hexdigest()
 
 
+def generator(seed):
+    """A source of random choices that differs from process to process."""
+    return torch.Generator().manual_seed(seed * PROCESSES + RANK)
+
+
+def given(load, *files):
+    """load(*files, DEVICE) of checkpoints that the user named. Raises BadInput if one is missing or something else."""
+    for file in (Path(file) for file in files if file):
+        if not file.exists():
+            url = perceptual.WEIGHTS.get(file.name, [""])[0]
+            raise BadInput(f"{file}: no such file" + f"; put {url} there, or add --download" * bool(url))
+    try:
+        return load(*files, DEVICE)
+    except ValueError as error:
+        raise BadInput(error) from None
+
+
 class Experiment:
     """The stages as properties: asking for one makes what it needs, or reads it from the run's folder.
 
@@ -529,13 +580,16 @@ class Experiment:
         """
         key, path = digest(name, DEVICE, make, *depends), self.run / f"{name}.pt"
         result = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        barrier()                                          # before anyone writes what the others are still to find missing
         if result.get("key") != key:
             partial, start = self.run / f"{name}.{key[:8]}.partial", time.time()
             result = make(Progress(name), partial)
-            result |= dict(key=key, seconds=round(time.time() - start, 1))
-            save(path, result)
-            for stale in self.run.glob(f"{name}.*.partial"):
-                stale.unlink()
+            if RANK == 0:
+                save(path, result | dict(key=key, seconds=round(time.time() - start, 1)))
+                for stale in self.run.glob(f"{name}.*.partial"):
+                    stale.unlink()
+            barrier()
+            result = torch.load(path, map_location="cpu", weights_only=True)  # with several processes, the first one's
         self.seconds[name] = result["seconds"]
         return result
 
@@ -548,7 +602,7 @@ class Experiment:
         c = self.config
         torch.manual_seed(seed)
         net = ResNet(c.resnet_widths, c.resnet_blocks, c.resnet_strides, len(self.classes))
-        net = (net if kind == "classifier" else SimCLR(net)).to(DEVICE, memory_format=torch.channels_last)
+        net = data_parallel(accelerated((net if kind == "classifier" else SimCLR(net)).to(DEVICE, memory_format=torch.channels_last)))
         if kind == "classifier":
             return net, classify(net, labels.to(DEVICE), lambda x: crop_flip(x, generator))
         return net, find_partner(net, lambda x: VIEWS[c.simclr_view](x, generator))
@@ -560,18 +614,21 @@ class Experiment:
         settings = dict(width=c.unet_width, mults=c.unet_mults, blocks=c.unet_blocks, attention=c.unet_attention,
                         dropout=c.unet_dropout, patch=c.unet_patch, size=images.shape[-1])
         training = dict(levels=c.unet_levels, steps=c.unet_steps, batch_size=c.unet_batch, lr=c.unet_lr, ema_decay=c.unet_ema, seed=c.seed)
+        torch.manual_seed(c.seed)
+        net = given(unet.load, c.unet_start).requires_grad_(True) if c.unet_start else UNet(**settings)
 
         def make(report, partial):
-            torch.manual_seed(c.seed)
-            net = UNet(**settings).to(DEVICE, memory_format=torch.channels_last)
-            return dict(config=net.config, weights=train_unet(net, images, **training, report=report, partial=partial))
-        self.stage("ddpm", make, settings, training, images, unet, train_unet)
-        return unet.load(self.run / "ddpm.pt", DEVICE).to(memory_format=torch.channels_last)
+            parallel = data_parallel(accelerated(net.to(DEVICE, memory_format=torch.channels_last)))
+            return dict(config=net.config, weights=train_unet(parallel, images, **training, report=report, partial=partial))
+        self.stage("ddpm", make, net.config, net.state_dict(), training, images, unet, train_unet)
+        return accelerated(unet.load(self.run / "ddpm.pt", DEVICE).to(memory_format=torch.channels_last))
 
     @cached_property
     def vgg(self):
-        """The perceptual distance, over a VGG trained on the unprotected images and their labels."""
+        """The perceptual distance, over released weights, or over a VGG trained on the unprotected images and their labels."""
         c, (images, labels) = self.config, self.sets["unprotected"]
+        if c.vgg_weights:
+            return given(perceptual.load, c.vgg_weights, c.lpips or None).to(memory_format=torch.channels_last)
         settings = dict(width=c.vgg_width, convs=c.vgg_convs, classes=len(self.classes))
         training = dict(epochs=c.vgg_epochs, lr=c.vgg_lr, batch_size=c.vgg_batch)
 
@@ -596,29 +653,32 @@ class Experiment:
             ues = foreign_ues(c.perturbation, images, labels, self.classes, self.source)
             print(f"{c.perturbation}: changes a channel by {255 * (ues - images).abs().max():.0f}/255 at most, {255 * (ues - images).abs().mean():.1f}/255 on average")
             return {Path(c.perturbation).stem: ues}
-        x, y, epsilon, ues = batch_of(images), labels.to(DEVICE), c.epsilon / 255, {}
+        x, epsilon, ues = batch_of(images), c.epsilon / 255, {}
         for family in c.protections.split(","):
             kind = VICTIMS[family]
-            settings = self.settings(family, "resnet", "epsilon", "seed", *["simclr_view"] * (kind == "simclr"))
+            settings = self.settings(family, "resnet", "epsilon", "noise_step", "seed", *["simclr_view"] * (kind == "simclr"))
 
-            def make(rows, start, surrogate_weights, report, **how):
-                g = torch.Generator().manual_seed(c.seed)
-                surrogate, choose = self.learner(kind, c.seed + 1000, labels, g)  # not the victim's initialisation
+            def make(mine, rows, start, surrogate_weights, g, report, **how):
+                surrogate, choose = self.learner(kind, c.seed + 1000, labels[mine], g)  # not the victim's initialisation
                 surrogate.load_state_dict(surrogate_weights or surrogate.state_dict())
-                noise, history = min_min(surrogate, choose, x, rows, start.to(DEVICE), **how, momentum=0.9, epsilon=epsilon, step=epsilon / 5,
-                                         generator=g, report=report)
+                noise, history = min_min(surrogate, choose, x[mine], rows, start.to(DEVICE), **how, momentum=0.9, epsilon=epsilon,
+                                         step=c.noise_step * epsilon, generator=g, report=report)
                 print(f"{report.label}: surrogate {100 * history[-1]:.0f} % right after {len(history)} rounds")
-                return dict(images=as_bytes(publish(x, noise[rows])).cpu(), noise=noise.cpu(), surrogate=surrogate.state_dict())
+                return noise.cpu(), surrogate.state_dict()
 
-            def class_wise(report, _):
-                g = torch.Generator().manual_seed(c.seed)
-                start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-epsilon, epsilon, generator=g)
-                return make(y, start, None, report, rounds=settings[f"{family}_class_rounds"], noise_batches=10)
+            def class_wise(report, _):                     # under torchrun, each process does all of it
+                start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-epsilon, epsilon, generator=torch.Generator().manual_seed(c.seed))
+                noise, surrogate = make(slice(None), labels, start, None, torch.Generator().manual_seed(c.seed), report,
+                                        rounds=settings[f"{family}_class_rounds"], noise_batches=10)
+                return dict(images=as_bytes(publish(images, noise[labels])), noise=noise, surrogate=surrogate)
 
-            def sample_wise(report, _):
-                start = by_class["noise"][labels]
-                return make(torch.arange(len(x), device=DEVICE), start, by_class["surrogate"], report, rounds=settings[f"{family}_sample_rounds"],
-                            noise_steps=settings[f"{family}_sample_steps"], lr=settings[f"{family}_sample_lr"])
+            def sample_wise(report, _):                    # and here the noise of its own share
+                mine = share(torch.arange(len(images)))
+                noise, surrogate = make(mine, torch.arange(len(mine)), by_class["noise"][labels[mine]], by_class["surrogate"], generator(c.seed), report,
+                                        rounds=settings[f"{family}_sample_rounds"], noise_steps=settings[f"{family}_sample_steps"],
+                                        lr=settings[f"{family}_sample_lr"], batch_size=math.ceil(128 / PROCESSES))
+                noise = gathered(noise, len(images))
+                return dict(images=as_bytes(publish(images, noise)), noise=noise, surrogate=surrogate)
             depends = settings, images, labels, attacks, ResNet, BasicBlock, SimCLR, Experiment.learner, make
             by_class = self.stage(f"{family}-class", class_wise, *depends)
             by_sample = self.stage(f"{family}-sample", sample_wise, by_class["noise"], by_class["surrogate"], *depends)
@@ -630,14 +690,19 @@ class Experiment:
         """{protection: learnable examples (N, 3, H, W)} made from the unlearnable ones."""
         c, les = self.config, {}
         for name, ues in self.protect.items():
-            def make(report, _):
-                return dict(images=as_bytes(le.purify(self.ddpm, self.vgg, ues, c.sampler, seed=c.seed, report=report)))
-            les[name] = as_float(self.stage(f"{name}-le", make, asdict(c.sampler), c.seed, ues, *self.purifier())["images"])
+            les[name] = as_float(self.purified(f"{name}-le", ues, [c.sampler])["images"])
         return les
 
-    def purifier(self):
-        """What an LE depends on beside the UE and the settings."""
-        return self.ddpm.state_dict(), self.vgg.state_dict(), unet, perceptual, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify
+    def purified(self, name, ues, samplers, together=lambda results: results[0]):
+        """The stage of learnable examples made from UEs (N, 3, H, W): what `together` makes of the list of every sampler's result."""
+        c = self.config
+
+        def make(report, _):
+            seeds = [share(seeds_of(c.seed + k, range(len(ues)))) for k in range(len(samplers))]
+            made = [gathered(le.purify(self.ddpm, self.vgg, share(ues), *how, report=report), len(ues)) for how in zip(samplers, seeds)]
+            return dict(images=as_bytes(together(made)))
+        return self.stage(name, make, [asdict(sampler) for sampler in samplers], c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
+                          unet, perceptual, le.seen, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify)
 
     def victim(self, kind, name, images, seed=None):
         """A victim of this kind, trained on `images` in place of the protected ones, and the loss of each epoch.
@@ -646,13 +711,14 @@ class Experiment:
         """
         c, labels = self.config, self.sets["protected"][1]
         seed, versions = c.seed if seed is None else seed, len(images) // len(labels)
-        g, labels = torch.Generator().manual_seed(seed), labels.repeat(versions)
-        net, choose = self.learner(kind, seed, labels, g)
+        mine, g, labels = even_share(len(images)), generator(seed), labels.repeat(versions)
+        net, choose = self.learner(kind, seed, labels[mine], g)
         settings = self.settings("resnet", kind)
         epochs, batch_size, lr = (settings[f"{kind}_{name}"] for name in ("epochs", "batch", "lr"))
 
         def make(report, _):
-            losses = fit(net, choose, batch_of(images), epochs=max(1, epochs // versions), lr=lr, batch_size=batch_size, generator=g, report=report)
+            losses = fit(net, choose, batch_of(images[mine]), epochs=max(1, epochs // versions), lr=lr, batch_size=math.ceil(batch_size / PROCESSES),
+                         generator=g, report=report)
             return dict(weights=net.state_dict(), losses=losses)
         made = self.stage(f"{kind}-{name}", make, settings, seed, images, labels, ResNet, BasicBlock, SimCLR, Experiment.learner, fit, attacks)
         net.load_state_dict(made["weights"])
@@ -757,7 +823,7 @@ def figure(e, path, amplify=16, columns=10):
 
 def strip(e, path):
     """The reverse process: for each protection one image, its UE, x_t at every level that the sampler visits in its last round, and the LE."""
-    c, n, rows = e.config, 2, []
+    c, n, rows = e.config, min(2, len(e.sets["protected"][0]) - 1), []
     for name, ues in e.protect.items():
         seen = []
         hook = e.ddpm.register_forward_pre_hook(lambda net, args: seen.append(args[0][0].cpu() / 2 + 0.5))
@@ -831,70 +897,87 @@ def jpeg(images, quality=10):
     return as_float(torch.stack(made).permute(0, 3, 1, 2))
 
 
+def weighted(sampler, w):
+    """The sampler with w times its weights."""
+    return replace(sampler, pixel_weight=w * sampler.pixel_weight, perceptual_weight=w * sampler.perceptual_weight)
+
+
+CURVE = {"unguided": 0, **{f"joint, weights x {w}": w for w in (0.25, 0.5)}, "joint": 1, **{f"joint, weights x {w}": w for w in (2, 4)}}
+
+
 def countermeasures(sampler):
-    """{name: a function of images and a generator, or (samplers, how their results are put together)}."""
-    level, unguided, draws = sampler.t_star, replace(sampler, pixel_weight=0.0, perceptual_weight=0.0), lambda n: [sampler] * n
-    alone, mean = lambda results: results[0], lambda results: torch.stack(results).mean(0)
+    """{name: what is done to unlearnable examples: a function of them and a generator, or a list of samplers whose results are averaged}."""
+    level = sampler.t_star
     return {
         "none": lambda x, g: x,
         "grayscale": lambda x, g: attacks.luma(x).expand_as(x),
         "JPEG 10": lambda x, g: jpeg(x),
         "noise": lambda x, g: (x + unet.sigma(level) / 2 * torch.randn(x.shape, generator=g)).clamp(0, 1),  # as much as the samplers add
-        "unguided": ([unguided], alone),
-        "pixel only": ([replace(sampler, perceptual_weight=0.0, switch=0)], alone),
-        "perceptual only": ([replace(sampler, pixel_weight=0.0, switch=level)], alone),
-        "joint": ([sampler], alone),
-        "released, 20 levels": ([replace(le.RELEASED, t_star=20, steps=20)], alone),
-        "released, 36 levels": ([le.RELEASED], alone),
-        "joint, target at level t, same noise": ([replace(sampler, target="same")], alone),
-        "joint, target at level t, fresh noise": ([replace(sampler, target="fresh")], alone),
-        "joint, both throughout": ([replace(sampler, switch=None)], alone),
-        "joint, two rounds of half the steps": ([replace(sampler, rounds=2 * sampler.rounds, steps=sampler.steps // 2)], alone),
-        "joint, twice the steps": ([replace(sampler, steps=2 * sampler.steps)], alone),
-        "joint, mean of two draws": (draws(2), mean),
-        "joint, two draws as augmentation": (draws(2), torch.cat),
-        **{f"joint, weights x {w:g}": ([replace(sampler, pixel_weight=w * sampler.pixel_weight, perceptual_weight=w * sampler.perceptual_weight)], alone)
-           for w in (0.25, 0.5, 2, 4)},
+        "unguided": [weighted(sampler, 0)],
+        "pixel only": [replace(sampler, perceptual_weight=0.0, switch=0)],
+        "perceptual only": [replace(sampler, pixel_weight=0.0, switch=level)],
+        "joint": [sampler],
+        "released, 20 levels": [replace(le.RELEASED, t_star=20, steps=20)],
+        "released, 36 levels": [le.RELEASED],
     }
 
 
-def ablation(experiment, victims=3):
-    """A table, ablation.json and ablation.png: for each countermeasure the accuracy, over `victims` seeds, and what it costs."""
-    c, e, (originals, _), vgg, everything = experiment.config, experiment, experiment.sets["protected"], experiment.vgg, {}
-    for name in c.ablate.split(","):
-        ues, kind, rows, base = e.protect[name], judge_of(name), [], {}
-        spread = lambda what, images: np.array([e.score(kind, f"{what}-{k}", images, c.seed + k) for k in range(victims)])
-        clean = spread("clean", originals)
-        for label, counter in countermeasures(c.sampler).items():
-            if callable(counter):
-                made, evaluations, seconds = counter(ues, torch.Generator().manual_seed(c.seed)), 0, 0.0
-            else:
-                samplers, together = counter
+def variations(sampler):
+    """The same for questions about the joint sampler."""
+    return {
+        "joint, target at level t, same noise": [replace(sampler, target="same")],
+        "joint, target at level t, fresh noise": [replace(sampler, target="fresh")],
+        "joint, both throughout": [replace(sampler, switch=None)],
+        "joint, on grey": [replace(sampler, compare="grey")],
+        "joint, two rounds of half the steps": [replace(sampler, rounds=2 * sampler.rounds, steps=sampler.steps // 2)],
+        "joint, twice the steps": [replace(sampler, steps=2 * sampler.steps)],
+        "joint, mean of two draws": [sampler] * 2,
+        "joint, two draws as augmentation": ([sampler] * 2, torch.cat),
+        **{label: [weighted(sampler, w)] for label, w in CURVE.items() if w not in (0, 1)},
+    }
 
-                def make(report, _):
-                    results = [le.purify(e.ddpm, e.vgg, ues, sampler, seed=c.seed + k, report=report) for k, sampler in enumerate(samplers)]
-                    return dict(images=as_bytes(together(results)))
-                stage = e.stage(f"ablation-{name}-{slug(label)}", make, [asdict(sampler) for sampler in samplers], c.seed, ues, *e.purifier())
-                made, evaluations = as_float(stage["images"]), sum(sampler.rounds * sampler.steps for sampler in samplers)
-                seconds = 1000 * stage["seconds"] / len(ues)
-            accuracies = spread(f"{name}-{slug(label)}", made)
-            base = base or {"ue": accuracies}              # the first row is what nothing does
-            lost, versions = clean - base["ue"], made.split(len(ues))
-            recovery = round(((accuracies - base["ue"]) / lost).mean(), 3) if lost.min() > 1 else None
-            with torch.no_grad():
-                distance = torch.cat([vgg(batch_of(a), batch_of(b)) for a, b in zip(versions[0].split(500), originals.split(500))]).mean().item()
-            rows.append(dict(countermeasure=label, accuracy=round(accuracies.mean(), 2), spread=round(accuracies.std(ddof=1), 2), recovery=recovery,
-                             psnr=round(psnr(versions[0], originals), 2), perceptual=round(distance, 4), evaluations=evaluations, seconds_1000=round(seconds, 2)))
-            print(f"{name}, {label}: {rows[-1]['accuracy']:.1f} +- {rows[-1]['spread']:.1f}", flush=True)
-        everything[name] = dict(clean=round(clean.mean(), 2), rows=rows)
-    (e.run / "ablation.json").write_text(json.dumps(dict(seed=c.seed, evaluate=c.evaluate, victims=victims, **everything), indent=1) + "\n")
-    for name, result in everything.items():
+
+def compare(e, name, counters, victims):
+    """What victims learn from a protection's UEs after each countermeasure: {"clean": accuracy, "rows": [{"countermeasure", "accuracy", ...}]}."""
+    ues, (originals, _), vgg, kind, rows = e.protect[name], e.sets["protected"], e.vgg, judge_of(name), []
+    spread = lambda what, images: np.array([e.score(kind, f"{what}-{k}", images, e.config.seed + k) for k in range(victims)])
+    clean = spread("clean", originals)
+    for label, counter in counters.items():
+        evaluations, seconds = 0, 0.0
+        if callable(counter):
+            made = counter(ues, torch.Generator().manual_seed(e.config.seed))
+        else:
+            samplers, together = counter if isinstance(counter, tuple) else (counter, lambda results: torch.stack(results).mean(0))
+            stage = e.purified(f"ablation-{name}-{slug(label)}", ues, samplers, together)
+            made, evaluations = as_float(stage["images"]), sum(sampler.rounds * sampler.steps for sampler in samplers)
+            seconds = 1000 * stage["seconds"] / len(ues)
+        accuracies, version = spread(f"{name}-{slug(label)}", made), made[:len(ues)]
+        lost = lost if rows else clean - accuracies        # the first row is what nothing does
+        with torch.no_grad():
+            distance = torch.cat([vgg(batch_of(a), batch_of(b)) for a, b in zip(version.split(500), originals.split(500))]).mean().item()
+        rows.append(dict(countermeasure=label, accuracy=round(accuracies.mean(), 2), spread=round(accuracies.std(ddof=1), 2),
+                         recovery=round(1 - ((clean - accuracies) / lost).mean(), 3) if lost.min() > 1 else None,
+                         psnr=round(psnr(version, originals), 2), perceptual=round(distance, 4), evaluations=evaluations, seconds_1000=round(seconds, 2)))
+        print(f"{name}, {label}: {rows[-1]['accuracy']:.1f} +- {rows[-1]['spread']:.1f}", flush=True)
+    return dict(clean=round(clean.mean(), 2), rows=rows)
+
+
+def ablation(experiment, victims=3):
+    """A table, ablation.json and ablation.png: for each countermeasure the accuracy, over `victims` seeds, and what it costs.
+
+    Questions about the sampler are asked of the first protection only.
+    """
+    c, results = experiment.config, {}
+    for name in c.ablate.split(","):
+        results[name] = compare(experiment, name, countermeasures(c.sampler) | ({} if results else variations(c.sampler)), victims)
+    (experiment.run / "ablation.json").write_text(json.dumps(dict(seed=c.seed, evaluate=c.evaluate, victims=victims, **results), indent=1) + "\n")
+    for name, result in results.items():
         print(f"\n{name}, {victims} victims, clean {result['clean']:.1f}\n\n| countermeasure | accuracy | recovery | PSNR | perceptual distance | evaluations | s / 1000 images |"
               "\n|---|---|---|---|---|---|---|")
         for r in result["rows"]:
             print(f"| {r['countermeasure']} | {r['accuracy']:.1f} ± {r['spread']:.1f} | {decimal(r['recovery'])} | {r['psnr']:.1f} dB | {r['perceptual']:.3f} "
                   f"| {r['evaluations']} | {r['seconds_1000']:.1f} |")
-    trade_off(everything, e.run / "ablation.png")
+    trade_off(results, experiment.run / "ablation.png")
 
 
 def slug(text):
@@ -906,20 +989,81 @@ def trade_off(results, path):
     """Accuracy against fidelity (PSNR) of every countermeasure; the joint sampler's, from no weight to four times ours, are joined by a line."""
     series = []
     for colour, (name, result) in zip(COLOURS, results.items()):
-        points = {r["countermeasure"]: (r["psnr"], r["accuracy"], r["countermeasure"].removeprefix("joint, weights ")) for r in result["rows"] if r["psnr"] < 100}
-        curve = ["unguided", *(f"joint, weights x {w:g}" for w in (0.25, 0.5)), "joint", *(f"joint, weights x {w:g}" for w in (2, 4))]
-        series += [(name, colour, True, [points[label] for label in curve if label in points]),
-                   ("", colour, False, [point for label, point in points.items() if label not in curve and not label.startswith("joint, ")])]
+        points = {r["countermeasure"]: (r["psnr"], r["accuracy"], r["countermeasure"].removeprefix("joint, weights ")) for r in result["rows"]}
+        series += [(name, colour, True, [points[label] for label in CURVE if label in points]),
+                   ("", colour, False, [point for label, point in points.items() if label not in CURVE and not label.startswith("joint, ")])]
     plot(path, series, "PSNR to the original, dB", "accuracy on clean images, %", 100)
 
 
+def sweep(experiment):
+    """What a setting of the protection does to it, a table, sweep.json and sweep.png: accuracy on clean images and on UEs for each value.
+
+    Each value has a folder of its own, and a clean victim of its own, since the setting may be one of the victim's.
+    """
+    c, rows = experiment.config, []
+    name, values = sweep_of(c)
+    for value in values:
+        e = Experiment(replace(c, **{name: value}, out=str(experiment.run / f"{name}-{value:g}")))
+        for protection, ues in e.protect.items():
+            kind = judge_of(protection)
+            clean, on_ue = e.score(kind, "clean", e.sets["protected"][0]), e.score(kind, f"{protection}-ue", ues)
+            rows.append({name: value, "protection": protection, "clean": round(clean, 2), "ue": round(on_ue, 2)})
+            print(f"{name} {value:g}, {protection}: clean {clean:.1f}, UE {on_ue:.1f}", flush=True)
+    (experiment.run / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    protections = list(dict.fromkeys(row["protection"] for row in rows))
+    of = lambda protection, what: [(row[name], row[what], "") for row in rows if row["protection"] == protection]
+    print(f"\n| {name} | clean | {' | '.join(protections)} |\n|{'---|' * (2 + len(protections))}")
+    for value in values:
+        here = [row for row in rows if row[name] == value]
+        print(f"| {value:g} | {here[0]['clean']:.1f} | {' | '.join(format(row['ue'], '.1f') for row in here)} |")
+    series = [("clean", COLOURS[-1], True, of(protections[0], "clean"))]
+    series += [(f"{protection} UE", colour, True, of(protection, "ue")) for colour, protection in zip(COLOURS, protections)]
+    plot(experiment.run / "sweep.png", series, name, f"accuracy on clean {c.evaluate} images, %", 100)
+
+
+def sweep_of(config):
+    """The name and the values that --sweep asks for, such as epsilon=8,16. Raises ValueError if it is not a number in Config."""
+    name, _, values = config.sweep.partition("=")
+    kind = {option.name: option.type for option in fields(Config)}.get(name)
+    if kind not in (int, float) or not values:
+        raise ValueError(f"expected a setting that is a number, and its values, such as epsilon=8,16")
+    return name, numbers(kind, values)
+
+
+def numbers(kind, text):
+    """The option 1,2,2 as (1, 2, 2)."""
+    return tuple(kind(number) for number in text.split(",") if number)
+
+
+def integers(text):
+    return numbers(int, text)
+
+
+def matrix_peak(n=2048 if DEVICE == "cpu" else 8192, repeats=10):
+    """Floating-point operations a second of one large matrix product, in bfloat16 on CUDA: the most that this machine does."""
+    a, best = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32), math.inf
+    for _ in range(repeats):
+        best = min(best, seconds_of(lambda: a @ a))
+    return 2 * n ** 3 / best
+
+
+def seconds_of(loop):
+    """Wall-clock seconds of a call, the GPU's work included."""
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    loop()
+    wait()
+    return time.perf_counter() - start
+
+
 def bench(experiment, repeats=5):
-    """Images a second of each inner loop, and what purification costs over the network evaluations that it makes."""
+    """Images a second of each inner loop, its share of the machine's matrix peak, and what purification costs over its network evaluations."""
     c, e = experiment.config, experiment
     images, labels = (part[:512] for part in e.sets["protected"])
     n, x, g, quiet = len(images), batch_of(images), torch.Generator().manual_seed(0), lambda *a, **k: None
     net = UNet(c.unet_width, c.unet_mults, c.unet_blocks, c.unet_attention, c.unet_dropout, c.unet_patch, images.shape[-1]).to(DEVICE, memory_format=torch.channels_last)
-    vgg = perceptual.PerceptualDistance(perceptual.VGG(c.vgg_width, c.vgg_convs)).to(DEVICE, memory_format=torch.channels_last)
+    net, distance = accelerated(net), perceptual.PerceptualDistance(perceptual.VGG(c.vgg_width, c.vgg_convs)).to(DEVICE, memory_format=torch.channels_last)
     surrogate, choose = e.learner("classifier", 0, labels, g)
     evaluations, noise = c.sampler.rounds * c.sampler.steps, torch.zeros_like(x)
 
@@ -930,21 +1074,22 @@ def bench(experiment, repeats=5):
                 net(part, c.sampler.t_star)
     steps = lambda: train_unet(net.train(), images, levels=c.unet_levels, steps=n // c.unet_batch, batch_size=c.unet_batch, lr=1e-4, ema_decay=c.unet_ema, seed=0,
                                report=quiet, partial=e.run / "bench.partial")
-    passes = lambda choose: min_min(choose[0], choose[1], x, torch.arange(n, device=DEVICE), noise, rounds=1, train_batches=1, generator=g)
-    loops = {"network evaluation": (bare, n * evaluations), "purify": (lambda: le.purify(net.eval(), vgg, images, c.sampler), n),
-             "U-Net training": (steps, n), "error-minimizing noise, sample-wise": (lambda: passes((surrogate, choose)), n),
+    passes = lambda choose: min_min(choose[0], choose[1], x, torch.arange(n), noise, rounds=1, train_batches=1, generator=g)
+    loops = {"network evaluation": (bare, n * evaluations), "purify": (lambda: le.purify(net.eval(), distance, images, c.sampler), n),
+             "U-Net training": (steps, n // c.unet_batch * c.unet_batch), "error-minimizing noise, sample-wise": (lambda: passes((surrogate, choose)), n),
              "contrastive noise, sample-wise": (lambda: passes(e.learner("simclr", 0, labels, g)), n),
              "classifier training": (lambda: fit(surrogate, choose, x, epochs=1, lr=0.01, batch_size=c.classifier_batch, generator=g, report=quiet), n)}
-    times = {name: [] for name in loops}
-    for _ in range(repeats + 1):                      # in turn, so that a busy machine is busy for all; the first warms up
-        for name, (loop, _) in loops.items():
-            start = time.time()
+    times, peak, work = {name: [] for name in loops}, matrix_peak(), {}
+    for name, (loop, _) in loops.items():                  # which also warms up
+        with FlopCounterMode(display=False) as counter:
             loop()
-            torch.cuda.synchronize() if DEVICE == "cuda" else None
-            times[name].append(time.time() - start)
+        work[name] = counter.get_total_flops()
+    for _ in range(repeats):                               # in turn, so that a busy machine is busy for all
+        for name, (loop, _) in loops.items():
+            times[name].append(seconds_of(loop))
     for name, (_, count) in loops.items():
-        print(f"{name:<36} {count / np.median(times[name][1:]):8.0f} images/s")
-    ratio = np.median(np.array(times["purify"][1:]) / np.array(times["network evaluation"][1:]))
+        print(f"{name:<36} {count / np.median(times[name]):8.0f} images/s {100 * work[name] / np.median(times[name]) / peak:5.1f} % of {peak / 1e12:.3g} TFLOP/s")
+    ratio = np.median(np.array(times["purify"]) / np.array(times["network evaluation"]))
     print(f"purification takes {ratio:.2f} times its {evaluations} network evaluations")
 
 
@@ -967,12 +1112,7 @@ def export(experiment):
 
 STAGES = {"all": run_all, "ddpm": lambda e: e.ddpm, "vgg": lambda e: e.vgg, "protect": lambda e: e.protect,
           "purify": lambda e: e.purify, "export": export, "victim": lambda e: print(table(e.victims())),
-          "cross": cross, "ablation": ablation, "bench": bench}
-
-
-def integers(text):
-    """The option 1,2,2 as (1, 2, 2)."""
-    return tuple(int(n) for n in text.split(",") if n)
+          "cross": cross, "ablation": ablation, "sweep": sweep, "bench": bench}
 
 
 def parse(argv):
@@ -985,7 +1125,8 @@ def parse(argv):
                     epilog="\n".join(["what Config explains, with the defaults of shapes (PRESETS has cifar10's):",
                                       *("  " + "".join(f"{cell:<40}" for cell in row).rstrip() for row in columns)]))
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES, help="default all")
-    parser.add_argument("--download", action="store_true", help="cifar10: fetch the official archive to --root first")
+    parser.add_argument("--config", default="", choices=[name for name in PRESETS if name != "cifar10"], help="paper: its protocol, for a GPU")
+    parser.add_argument("--download", action="store_true", help="first fetch the official archive of cifar10 to --root, and released weights")
     for name, option in options.items():
         parser.add_argument(name, type=integers if option.type is tuple else option.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_sampler_options(parser)
@@ -994,22 +1135,28 @@ def parse(argv):
         if option.startswith("--") and option.split("=")[0] not in known:
             parser.error(f"unknown option {option}; --help lists them")
     options = vars(parser.parse_args(argv))
-    stage, wanted, defaults = options.pop("stage"), options.pop("download"), PRESETS.get(options.get("data"), {})
+    stage, wanted, defaults = options.pop("stage"), options.pop("download"), PRESETS.get(options.get("data"), {}) | PRESETS.get(options.pop("config"), {})
     try:
         sampler = sampler_from(options, defaults.get("sampler", le.Sampler()))
     except ValueError as error:
         parser.error(error)
     config = Config(**(defaults | options | dict(sampler=sampler)))
-    if stage == "ablation":
+    if stage in ("ablation", "sweep"):
         config.evaluate = "validation"                     # what is chosen by looking must not be chosen on the test images
     for option in fields(Config):
-        value = getattr(config, option.name)
-        if option.type in (int, float) and option.name not in ("seed", "unet_dropout") and not value > 0:
-            parser.error(f"--{option.name} {value}: expected a number above 0")
+        value, name = getattr(config, option.name), option.name
+        if option.type in (int, float) and name not in ("seed", "unet_dropout", "limit") and not value > 0:
+            parser.error(f"--{name} {value}: expected a number above 0")
+        if config.limit and (name in SETS or name.endswith(("_epochs", "_rounds", "_steps", "_batch"))):
+            setattr(config, name, min(value, config.limit))
     if not set(config.protections.split(",")) <= set(VICTIMS):
         parser.error(f"--protections {config.protections}: expected some of {','.join(VICTIMS)}")
     if config.simclr_view not in VIEWS:
         parser.error(f"--simclr_view {config.simclr_view}: expected one of {', '.join(VIEWS)}")
+    try:
+        sweep_of(config)
+    except ValueError as error:
+        parser.error(f"--sweep {config.sweep}: {error}")
     if config.evaluate not in ("test", "validation"):
         parser.error(f"--evaluate {config.evaluate}: expected test or validation")
     if len(config.resnet_widths) != len(config.resnet_strides) + 1:
@@ -1023,9 +1170,12 @@ def main(argv=None):
     stage, wanted, config = parse(sys.argv[1:] if argv is None else argv)
     resolved = asdict(config) | asdict(config.sampler) | dict(device=DEVICE)
     print(textwrap.fill(" ".join(f"{name}={str(value).replace(' ', '')}" for name, value in resolved.items() if name != "sampler"), 120, break_on_hyphens=False))
-    with explained("train.py"):
-        if wanted and not Path(config.root).exists():
-            download(CIFAR10_URL, CIFAR10_SHA256, config.root)
+    with joined(), explained("train.py"):
+        if wanted and RANK == 0:
+            if config.data == "cifar10" and not Path(config.root).exists():
+                download(CIFAR10_URL, CIFAR10_SHA256, config.root)
+            le.fetch_weights(config.vgg_weights, config.lpips)
+        barrier()
         STAGES[stage](Experiment(config))
 
 
