@@ -5,7 +5,7 @@ is left to learn: the network finds the noise, which says the class, before it f
 "Indiscriminate Poisoning Attacks on Unsupervised Contrastive Learning", arXiv 2202.11202) does the same to networks that learn
 without labels: the noise says which two views are of one image. Both are one alternation, `min_min`, over two losses.
 Images here are in [0, 1], (B, 3, H, W); perturbations are in the same unit, at most epsilon in every channel.
-Random choices are drawn per image from `generator`, a CPU torch.Generator; indices stay on the CPU too, where counting them keeps no GPU waiting.
+Random choices are drawn per image from `generator`, a CPU torch.Generator.
 """
 import math
 from itertools import islice
@@ -14,6 +14,11 @@ import torch
 import torch.nn.functional as F
 
 EPSILON = 8 / 255
+
+
+def to(device, *tensors):
+    """The tensors on the device, without waiting for a GPU to finish what it has in its queue."""
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,14 +32,14 @@ def resample(x, rows, columns):
 
 def flip_half(columns, generator):
     """Reverse the order of the output columns (B, w, W) for half of the images: a random horizontal flip."""
-    flipped = (torch.rand(len(columns), 1, 1, generator=generator) < 0.5).to(columns.device)
+    flipped, = to(columns.device, torch.rand(len(columns), 1, 1, generator=generator) < 0.5)
     return torch.where(flipped, columns.flip(1), columns)
 
 
 def crop_flip(x, generator, pad=4):
     """Random crop of the zero-padded image and random horizontal flip: (B, C, H, W) -> same. What nearly every CIFAR classifier does."""
     n, _, h, w = x.shape
-    down, right = torch.randint(-pad, pad + 1, (2, n, 1, 1), generator=generator).to(x.device)
+    down, right = to(x.device, *torch.randint(-pad, pad + 1, (2, n, 1, 1), generator=generator))
     i, j = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
     rows = i[:, None] + down == i                          # (B, h, H): output row i shows input row i + down
     columns = flip_half(j[:, None] + right == j, generator)
@@ -59,7 +64,7 @@ def random_resized_crop(x, generator, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 
     (B, C, H, W) -> (B, C, size, size). A box that is too long for the image is shortened to it.
     """
     n, _, h, w = x.shape
-    area, aspect, top, left = torch.rand(4, n, generator=generator).to(x.device)
+    area, aspect, top, left = to(x.device, *torch.rand(4, n, generator=generator))
     area = h * w * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * aspect)
     height, width = (area / aspect).sqrt().clamp_max(h), (area * aspect).sqrt().clamp_max(w)
@@ -107,7 +112,7 @@ def colour_jitter(x, generator, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
     """Brightness, contrast and saturation times 1 +- strength, hue turned by +- strength, for p of the images; a new order each batch."""
     n, (b, c, s, h) = len(x), strength
     used = torch.rand(n, 1, 1, 1, generator=generator) < p
-    draw = lambda s: (used * s * (2 * torch.rand(n, 1, 1, 1, generator=generator) - 1)).to(x)
+    draw = lambda s: to(x, used * s * (2 * torch.rand(n, 1, 1, 1, generator=generator) - 1))[0]
     steps = [(brightness, 1 + draw(b)), (contrast, 1 + draw(c)), (saturation, 1 + draw(s)), (hue, draw(h))]
     for i in torch.randperm(4, generator=generator).tolist():
         x = steps[i][0](x, steps[i][1])
@@ -116,7 +121,8 @@ def colour_jitter(x, generator, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
 
 def grayscale(x, generator, p=0.2):
     """p of the images without their colours."""
-    return torch.where((torch.rand(len(x), 1, 1, 1, generator=generator) < p).to(x.device), luma(x), x)
+    grey, = to(x.device, torch.rand(len(x), 1, 1, 1, generator=generator) < p)
+    return torch.where(grey, luma(x), x)
 
 
 def mix_colours(x, generator, strength=(0.5, 2.0)):
@@ -127,7 +133,7 @@ def mix_colours(x, generator, strength=(0.5, 2.0)):
     n = len(x)
     low, high = (math.log(s) for s in strength)
     mixing = torch.randn(n, 3, 3, generator=generator) / 3 ** 0.5 * torch.exp(low + (high - low) * torch.rand(n, 1, 1, generator=generator))
-    return 0.5 + torch.einsum("bij,bjhw->bihw", mixing.to(x), x - x.mean((2, 3), keepdim=True))
+    return 0.5 + torch.einsum("bij,bjhw->bihw", *to(x, mixing), x - x.mean((2, 3), keepdim=True))
 
 
 def simclr_view(x, generator):
@@ -161,11 +167,11 @@ def publish(images, perturbation):
 def noise_step(choose, images, b, perturbation, rows, velocity, step, epsilon, momentum):
     """One signed-gradient descent step on the perturbation of the images b, weights fixed (Huang et al. 2021, Eq. 3), in place.
 
-    rows (N,) names the entry of `perturbation` (R, 3, H, W) that each image wears; images that share one add up their gradients.
+    b (B,) and rows (N,) are on the CPU; rows names the entry of `perturbation` (R, 3, H, W) that each image wears; images that share one add up their gradients.
     With momentum, `velocity` (R, 3, H, W) averages the normalised gradient over crops and over surrogates (Dong et al. 2018):
     one crop's gradient alone is mostly noise, and its sign makes that noise as large as the signal.
     """
-    used, wearer = rows[b].unique(return_inverse=True)
+    b, used, wearer = to(images.device, b, *rows[b].unique(return_inverse=True))
     delta = perturbation[used].requires_grad_()
     loss = F.cross_entropy(*choose((images[b] + delta[wearer]).clamp(0, 1), b))
     gradient, = torch.autograd.grad(loss, delta)
@@ -204,7 +210,8 @@ def min_min(model, choose, images, rows, perturbation, *, rounds, train_batches=
         model.train()
         right = seen = 0
         for b in islice(stream, train_batches):            # min over the weights
-            scores, answer = choose((images[b] + perturbation[rows[b]]).clamp(0, 1), b)
+            b, worn = to(images.device, b, rows[b])
+            scores, answer = choose((images[b] + perturbation[worn]).clamp(0, 1), b)
             optimizer.zero_grad()
             F.cross_entropy(scores, answer).backward()
             optimizer.step()

@@ -143,7 +143,7 @@ def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=128, re
     for i in range(0, len(images), batch_size):
         ue = images[i:i + batch_size].to(device, memory_format=torch.channels_last) * 2 - 1
         generators = [torch.Generator().manual_seed(s) for s in seeds[i:i + batch_size]]
-        draw = lambda: torch.stack([torch.randn(ue.shape[1:], generator=g) for g in generators]).to(ue)
+        draw = lambda: torch.stack([torch.randn(ue.shape[1:], generator=g) for g in generators]).to(ue, non_blocking=True)
         le = denoise(unet, distance, ue, sampler, draw)
         out[i:i + len(ue)] = (le / 2 + 0.5).clamp(0, 1).mul(255).round().div(255)
         report(i + len(ue), len(images))
@@ -254,20 +254,21 @@ def explained(program, *more):
 class Progress:
     """report(done, total, **values): one line on stderr that rewrites itself, with the time left; off a terminal, a line every 20 s.
 
-    Raises BadInput when a value is not a number any more: nothing that follows would be.
+    Values are looked at only when shown, since that may mean to wait for a GPU. Raises BadInput when one is not a number any more.
     """
 
     def __init__(self, label):
         self.label, self.start, self.first, self.shown, self.live = label, time.time(), None, 0.0, sys.stderr.isatty()
 
     def __call__(self, done, total, **values):
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise BadInput(f"{self.label}: {name} is {value} after {done} of {total}; a lower learning rate may help")
         now = time.time()
         self.first = self.first or (done, now)             # a resumed run does not start at 0
         if RANK or done < total and now - self.shown < (0.2 if self.live else 20):
             return
+        values = {name: float(value) for name, value in values.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise BadInput(f"{self.label}: {name} is {value} after {done} of {total}; a lower learning rate may help")
         self.shown = now
         text = f"{self.label}: {done}/{total}" + "".join(f", {name} {value:.3g}" for name, value in values.items())
         if done == total:

@@ -1124,12 +1124,21 @@ def test_main_tells_the_whole_story_and_reuses_it(tmp_path, capsys):
     assert "vgg.pt" in again and not {"ddpm.pt", "em-class.pt", "cp-sample.pt", "classifier-clean.pt", "simclr-clean.pt"} & again
 
 
-def test_main_runs_one_stage_on_a_folder(tmp_path):
+def test_anatomy_of_grey_coloured_slow_and_fast_noise():
+    sign = (-1.0) ** torch.arange(32)
+    fast, slow, grey, red = (sign[:, None] * sign).expand(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.ones(3), torch.tensor([1.0, -1.0, 0.0])
+    for pattern, is_slow in ((fast, 0.0), (slow, 1.0)):
+        for colour, is_grey in ((grey, 1.0), (red, 0.0)):
+            assert np.allclose(train.anatomy(pattern * colour.view(1, 3, 1, 1)), (is_grey, is_slow), atol=0.01)
+
+
+def test_main_runs_one_stage_on_a_folder(tmp_path, capsys):
     pets = class_folders(tmp_path / "pets")
     train.main(["protect", "--data", str(pets)] + SMALL[8:] + ["--out", str(tmp_path / "run")])
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cp-class.pt", "cp-sample.pt", "em-class.pt", "em-sample.pt"]
     made = torch.load(tmp_path / "run" / "em-sample.pt", weights_only=True)
     assert made["images"].dtype == torch.uint8 and made["noise"].abs().max() <= EPSILON + 1e-6
+    assert capsys.readouterr().out.count("% of the noise's energy is grey") == 4
 
 
 def test_main_cross_puts_each_protection_before_the_other_victim(tmp_path):

@@ -37,7 +37,7 @@ import attacks
 import le
 import perceptual
 import unet
-from attacks import VIEWS, classify, crop_flip, find_partner, min_min, publish
+from attacks import VIEWS, classify, crop_flip, find_partner, min_min, publish, to
 from le import (DEVICE, PROCESSES, RANK, BadInput, Parser, Progress, accelerated, add_sampler_options, barrier, download, explained, gathered, joined,
                 sampler_from, seeds_of, share)
 from unet import EMA, UNet, ddpm_loss, save
@@ -489,16 +489,15 @@ def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, r
         torch.manual_seed(seeds_of(seed * PROCESSES + RANK, [step])[0])
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
-        x0 = images[torch.randint(len(images), (batch_size,))] * 2 - 1
-        x0 = torch.where(torch.rand(batch_size, 1, 1, 1).to(DEVICE) < 0.5, x0.flip(3), x0)
+        x0 = images[to(DEVICE, torch.randint(len(images), (batch_size,)))[0]] * 2 - 1
+        x0 = torch.where(*to(DEVICE, torch.rand(batch_size, 1, 1, 1) < 0.5), x0.flip(3), x0)
         t, eps = torch.randint(1, levels + 1, (batch_size,)), torch.randn_like(x0)
-        loss = ddpm_loss(net, batch_of(x0), t.to(DEVICE), batch_of(eps))
+        loss = ddpm_loss(net, batch_of(x0), *to(DEVICE, t), batch_of(eps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ema.update(net)
-        if step % 10 == 9 or step == steps - 1:
-            report(step + 1, steps, loss=loss.item())
+        report(step + 1, steps, loss=loss.detach())
         if RANK == 0 and time.time() - written > checkpoint_seconds:
             save(partial, dict(step=step + 1, net=net.state_dict(), ema=ema.weights, optimizer=optimizer.state_dict()))
             written = time.time()
@@ -878,6 +877,19 @@ def run_all(experiment):
           "beside them the reverse process (strip.png), training losses (curves.png) and what is taken for what (confusion.png).")
 
 
+def anatomy(noise):
+    """Shares of the energy of perturbations (N, 3, H, W) that are grey (the channels' mean) and that are slow (the mean of 7x7 pixels)."""
+    slow = F.avg_pool2d(F.pad(noise, (3, 3, 3, 3), mode="reflect"), 7, stride=1)
+    return [part.square().sum().item() / noise.square().sum().item() for part in (noise.mean(1, keepdim=True).expand_as(noise), slow)]
+
+
+def protect(experiment):
+    """Make the protections and print what their noise consists of."""
+    for name, ues in experiment.protect.items():
+        grey, slow = anatomy(ues - experiment.sets["protected"][0])
+        print(f"{name}: {100 * grey:.0f} % of the noise's energy is grey, {100 * slow:.0f} % is slow (the mean of 7x7 pixels)")
+
+
 def cross(experiment):
     """Each protection before the victim it was not made for: the reason why either kind alone protects nobody."""
     results = experiment.victims({"em": "simclr", "cp": "classifier"})
@@ -1110,7 +1122,7 @@ def export(experiment):
     print(f"{root}: a folder and an .npz for each of {', '.join(experiment.protect)}")
 
 
-STAGES = {"all": run_all, "ddpm": lambda e: e.ddpm, "vgg": lambda e: e.vgg, "protect": lambda e: e.protect,
+STAGES = {"all": run_all, "ddpm": lambda e: e.ddpm, "vgg": lambda e: e.vgg, "protect": protect,
           "purify": lambda e: e.purify, "export": export, "victim": lambda e: print(table(e.victims())),
           "cross": cross, "ablation": ablation, "sweep": sweep, "bench": bench}
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,12 @@ BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # BETA[t - 1] is the 
 ALPHA_BAR = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETA).cumprod(0)])
 
 
+on_device = cache(ALPHA_BAR.to)                           # copied to a GPU once
+
+
 def alpha_bar(t, like):
     """alpha_bar_t as a (B, 1, 1, 1) or (1, 1, 1, 1) tensor that multiplies images `like`; t is an int or a (B,) tensor in 0..T."""
-    return ALPHA_BAR.to(like.device)[t].to(like.dtype).reshape(-1, 1, 1, 1)
+    return on_device(like.device)[t].to(like.dtype).reshape(-1, 1, 1, 1)
 
 
 def sigma(t):
@@ -175,7 +179,7 @@ class UNet(nn.Module):
     def forward(self, xt, t):
         if xt.shape[-1] % self.multiple or xt.shape[-2] % self.multiple:
             raise ValueError(f"this U-Net takes images whose sides are multiples of {self.multiple}, not {tuple(xt.shape[-2:])}")
-        t = torch.as_tensor(t, device=xt.device).expand(len(xt))
+        t = t if isinstance(t, torch.Tensor) else torch.full((len(xt),), t, device=xt.device)
         temb = time_embedding(t - 1, self.width).to(xt.dtype)  # released checkpoints count the levels from 0
         temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
         stage = lambda level, j, h: level.attn[j](level.block[j](h, temb)) if level.attn else level.block[j](h, temb)
