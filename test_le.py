@@ -1162,10 +1162,12 @@ def test_main_ablation_compares_every_countermeasure_on_validation_images(tmp_pa
 
 def test_main_sweep_shows_what_a_setting_does(tmp_path, capsys):
     run = tmp_path / "run"
+    train.main(["victim", *SMALL, "--evaluate", "validation", "--protections", "em", "--out", str(run)])
     train.main(["sweep", *SMALL, "--protections", "em", "--sweep", "epsilon=1,64", "--out", str(run)])
-    rows = json.loads((run / "sweep.json").read_text())
+    rows = json.loads((run / "sweep-epsilon.json").read_text())
     assert [(row["epsilon"], row["protection"]) for row in rows] == [(1, "em-class"), (1, "em-sample"), (64, "em-class"), (64, "em-sample")]
-    assert "| 64 |" in capsys.readouterr().out and Image.open(run / "sweep.png").width > 500
+    assert "| 64 |" in capsys.readouterr().out and Image.open(run / "sweep-epsilon.png").width > 500
+    assert not (run / "epsilon-1" / "classifier-clean.pt").exists()  # the clean victim is the same for both, and there already
     noise = [torch.load(run / f"epsilon-{n}" / "em-sample.pt", weights_only=True)["noise"].abs().max() * 255 for n in (1, 64)]
     assert noise[0] <= 1.001 and 32 < noise[1] <= 64.001
 

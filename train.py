@@ -563,11 +563,13 @@ class Experiment:
     """The stages as properties: asking for one makes what it needs, or reads it from the run's folder.
 
     A stage is made again when anything it depends on has changed: settings, input data, or the code that makes it.
+    `elsewhere` are other folders, whose stages are used where they hold.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, *elsewhere):
         self.config = config
         self.run = Path(config.out or f"runs/{Path(config.data).resolve().name}")
+        self.folders = [self.run, *elsewhere]
         self.sets, self.classes, self.source = split_data(config)
         self.seconds = {}
         self.run.mkdir(parents=True, exist_ok=True)
@@ -578,9 +580,10 @@ class Experiment:
         `partial` is where an unfinished stage may keep its state; it is deleted when the stage is done.
         """
         key, path = digest(name, DEVICE, make, *depends), self.run / f"{name}.pt"
-        result = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        stored = (torch.load(folder / path.name, map_location="cpu", weights_only=True) for folder in self.folders if (folder / path.name).exists())
+        result = next((result for result in stored if result.get("key") == key), None)
         barrier()                                          # before anyone writes what the others are still to find missing
-        if result.get("key") != key:
+        if result is None:
             partial, start = self.run / f"{name}.{key[:8]}.partial", time.time()
             result = make(Progress(name), partial)
             if RANK == 0:
@@ -1008,20 +1011,20 @@ def trade_off(results, path):
 
 
 def sweep(experiment):
-    """What a setting of the protection does to it, a table, sweep.json and sweep.png: accuracy on clean images and on UEs for each value.
+    """What a setting does to the protections, a table, sweep-<setting>.json and .png: accuracy of victims of clean images and of UEs.
 
-    Each value has a folder of its own, and a clean victim of its own, since the setting may be one of the victim's.
+    Each value has a folder of its own for what differs.
     """
     c, rows = experiment.config, []
     name, values = sweep_of(c)
     for value in values:
-        e = Experiment(replace(c, **{name: value}, out=str(experiment.run / f"{name}-{value:g}")))
+        e = Experiment(replace(c, **{name: value}, out=str(experiment.run / f"{name}-{value:g}")), experiment.run)
         for protection, ues in e.protect.items():
             kind = judge_of(protection)
             clean, on_ue = e.score(kind, "clean", e.sets["protected"][0]), e.score(kind, f"{protection}-ue", ues)
             rows.append({name: value, "protection": protection, "clean": round(clean, 2), "ue": round(on_ue, 2)})
             print(f"{name} {value:g}, {protection}: clean {clean:.1f}, UE {on_ue:.1f}", flush=True)
-    (experiment.run / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (experiment.run / f"sweep-{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
     protections = list(dict.fromkeys(row["protection"] for row in rows))
     of = lambda protection, what: [(row[name], row[what], "") for row in rows if row["protection"] == protection]
     print(f"\n| {name} | clean | {' | '.join(protections)} |\n|{'---|' * (2 + len(protections))}")
@@ -1030,7 +1033,7 @@ def sweep(experiment):
         print(f"| {value:g} | {here[0]['clean']:.1f} | {' | '.join(format(row['ue'], '.1f') for row in here)} |")
     series = [("clean", COLOURS[-1], True, of(protections[0], "clean"))]
     series += [(f"{protection} UE", colour, True, of(protection, "ue")) for colour, protection in zip(COLOURS, protections)]
-    plot(experiment.run / "sweep.png", series, name, f"accuracy on clean {c.evaluate} images, %", 100)
+    plot(experiment.run / f"sweep-{name}.png", series, name, f"accuracy on clean {c.evaluate} images, %", 100)
 
 
 def sweep_of(config):
