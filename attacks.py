@@ -244,6 +244,6 @@ def nt_xent_scores(z, temperature=0.5):
     return (z @ z.T / temperature).masked_fill(own, -math.inf), torch.arange(len(z), device=z.device).roll(len(z) // 2)
 
 
-def find_partner(model, view):
+def find_partner(model, view, temperature=0.5):
     """The choice of contrastive poisoning (He et al. 2023): which two of all the views are of one image? `view(x)` draws one."""
-    return lambda x, b=None: nt_xent_scores(model(torch.cat([view(x), view(x)])))
+    return lambda x, b=None: nt_xent_scores(model(torch.cat([view(x), view(x)])), temperature)

@@ -66,6 +66,7 @@ class Config:
     classifier_lr: float = 0.1
     # victim that learns without labels
     simclr_view: str = "outline"      # what it sees of an image, one of attacks.VIEWS
+    simclr_temperature: float = 0.5
     simclr_epochs: int = 25
     simclr_batch: int = 128
     simclr_lr: float = 0.1
@@ -607,7 +608,7 @@ class Experiment:
         net = data_parallel(accelerated((net if kind == "classifier" else SimCLR(net)).to(DEVICE, memory_format=torch.channels_last)))
         if kind == "classifier":
             return net, classify(net, labels.to(DEVICE), lambda x: crop_flip(x, generator))
-        return net, find_partner(net, lambda x: VIEWS[c.simclr_view](x, generator))
+        return net, find_partner(net, lambda x: VIEWS[c.simclr_view](x, generator), c.simclr_temperature)
 
     @cached_property
     def ddpm(self):
@@ -658,7 +659,7 @@ class Experiment:
         x, epsilon, ues = batch_of(images), c.epsilon / 255, {}
         for family in c.protections.split(","):
             kind = VICTIMS[family]
-            settings = self.settings(family, "resnet", "epsilon", "noise_step", "seed", *["simclr_view"] * (kind == "simclr"))
+            settings = self.settings(family, "resnet", "epsilon", "noise_step", "seed", *["simclr_view", "simclr_temperature"] * (kind == "simclr"))
 
             def make(mine, rows, start, surrogate_weights, g, report, **how):
                 surrogate, choose = self.learner(kind, c.seed + 1000, labels[mine], g)  # not the victim's initialisation
