@@ -133,7 +133,6 @@ def judge_of(protection, victims=VICTIMS):
     return victims.get(protection.split("-")[0], "classifier")
 
 
-
 torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down several times
 
 
