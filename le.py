@@ -41,7 +41,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to purify. The defaults are ours; RELEASED is the authors' setting without its faults."""
+    """How to purify. The defaults suit drawings such as the built-in shapes."""
     t_star: int = 100              # noise level that the image is diffused to, 1..1000
     rounds: int = 1                # times that it is diffused and denoised, each round starting from the last one's output
     steps: int = 8                 # strides from t_star to 0, so network evaluations an image = rounds * steps
@@ -65,6 +65,9 @@ class Sampler:
 # guide_scale = 70000 over m = 2 * epsilon / 3, and distances averaged over the shipped batch of 500
 RELEASED_WEIGHT = 3 * 70000 / (2 * 8 / 255) / 500
 RELEASED = Sampler(t_star=36, rounds=4, steps=36, pixel_weight=RELEASED_WEIGHT, perceptual_weight=RELEASED_WEIGHT, switch=10, target="fresh")
+# photographs bear noise that is slow and coloured, for which their grey values are kept and the rest is diffused further
+PHOTOGRAPHS = Sampler(t_star=200, rounds=3, steps=5, perceptual_weight=0.0, switch=0, compare="grey")
+PRESETS = {"drawings": Sampler(), "photographs": PHOTOGRAPHS, "released": RELEASED}  # released: the authors' setting without its faults
 
 
 def seen(x, sampler):
@@ -134,8 +137,10 @@ def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=128, re
     images (N, 3, H, W) in [0, 1] on any device -> LEs of the same shape there, rounded to multiples of 1/255.
     unet predicts noise in images in [-1, 1], distance is a PerceptualDistance (None if its weight is 0); both on one device.
     An image's noise depends on `seed` and its position alone, or on its own entry where `seed` is a list, never on batch_size.
-    Raises ValueError if the images are not in [0, 1] or the U-Net cannot take their size.
+    Raises ValueError if the images are not in [0, 1], or the U-Net cannot take their size or has not learned level t_star.
     """
+    if sampler.t_star > unet.levels:
+        raise ValueError(f"t_star is {sampler.t_star}, but this U-Net has learned the levels up to {unet.levels}")
     if images.numel() and not 0 <= images.min() <= images.max() <= 1:
         raise ValueError(f"images must be in [0, 1], got {images.min():.3f} to {images.max():.3f}")
     device, out = next(unet.parameters()).device, torch.empty_like(images)
@@ -479,17 +484,17 @@ def level_or_both(text):
     return None if text == "both" else int(text)
 
 
-def add_sampler_options(parser):
+def add_sampler_options(parser, default="drawings"):
     """Every value of Sampler as an option, and --preset."""
-    parser.add_argument("--preset", default="ours", choices=("ours", "released"), help="where the sampler's values start from, default ours")
+    parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS, help=f"where the sampler's values start from, default {default}")
     for option in fields(Sampler):
         kind = level_or_both if option.name == "switch" else option.type
         parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, metavar="", help=f"default {option.default}")
 
 
-def sampler_from(options, ours=Sampler()):
+def sampler_from(options, default=Sampler()):
     """Take what `add_sampler_options` added out of the options (a dict); returns the Sampler. Raises ValueError if it makes no sense."""
-    start = RELEASED if options.pop("preset") == "released" else ours
+    start = PRESETS.get(options.pop("preset", None), default)
     return replace(start, **{option.name: options.pop(option.name) for option in fields(Sampler) if option.name in options})
 
 

@@ -197,8 +197,8 @@ def test_p_sample_to_level_zero_is_the_clipped_prediction():
 
 def test_save_load_unet_round_trip_and_refusal(tmp_path):
     net, x = awake(UNet(**TINY)), torch.randn(1, 3, 32, 32)
-    unet.save(tmp_path / "u.pt", dict(config=net.config, weights=net.state_dict()))
-    assert torch.equal(unet.load(tmp_path / "u.pt")(x, 7), net(x, 7))
+    unet.save(tmp_path / "u.pt", dict(config=net.config, weights=net.state_dict(), levels=100))
+    assert torch.equal(unet.load(tmp_path / "u.pt")(x, 7), net(x, 7)) and unet.load(tmp_path / "u.pt").levels == 100
     torch.save({"something": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt"):
         unet.load(tmp_path / "other.pt")
@@ -702,11 +702,15 @@ def test_RELEASED_preset_pull_matches_the_release():
 
 
 def test_Sampler_and_purify_refuse_what_they_cannot_do(nets):
-    for wrong in (dict(steps=500), dict(target="xt"), dict(rounds=0), dict(pixel_weight=-1.0)):
+    for wrong in (dict(steps=500), dict(target="xt"), dict(rounds=0), dict(pixel_weight=-1.0), dict(compare="red")):
         with pytest.raises(ValueError):
             Sampler(**wrong)
     with pytest.raises(ValueError, match="0, 1"):
         purify(*nets, images(1) * 255, JOINT)
+    young = copy.deepcopy(nets[0])
+    young.levels = 11
+    with pytest.raises(ValueError, match="learned the levels up to 11"):
+        purify(young, nets[1], images(1), JOINT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1124,6 +1128,14 @@ def test_main_tells_the_whole_story_and_reuses_it(tmp_path, capsys):
     assert "vgg.pt" in again and not {"ddpm.pt", "em-class.pt", "cp-sample.pt", "classifier-clean.pt", "simclr-clean.pt"} & again
 
 
+def test_main_ddpm_prints_how_well_it_denoises(tmp_path, capsys):
+    train.main(["ddpm", *SMALL, "--unet_steps", "1", "--unet_lr", "1e-9", "--t_star", "36", "--steps", "2", "--out", str(tmp_path / "run")])
+    said = dict((int(t), float(value)) for value, t in re.findall(r"([\d.]+) from t = (\d+)", capsys.readouterr().out))
+    assert said.keys() == {36, 18}                         # a fresh U-Net predicts no noise: what is left of it is the noise itself
+    for t, value in said.items():
+        assert math.isclose(value, -20 * math.log10(sigma(t) / 2), abs_tol=1)
+
+
 def test_anatomy_of_grey_coloured_slow_and_fast_noise():
     sign = (-1.0) ** torch.arange(32)
     fast, slow, grey, red = (sign[:, None] * sign).expand(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.ones(3), torch.tensor([1.0, -1.0, 0.0])
@@ -1312,8 +1324,9 @@ def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, argum
 def test_parse_lets_options_override_the_preset_of_the_data():
     assert train.parse([])[2] == train.Config()
     ours = train.parse(["--data", "cifar10", "--steps", "7", "--resnet_widths", "8,8,8", "--resnet_strides", "2,2"])[2]
-    assert ours.protected == 6000 and ours.resnet_widths == (8, 8, 8) and ours.sampler == replace(train.PRESETS["cifar10"]["sampler"], steps=7)
+    assert ours.protected == 6000 and ours.resnet_widths == (8, 8, 8) and ours.sampler == replace(le.PHOTOGRAPHS, steps=7)
     assert train.parse(["--data", "cifar10", "--preset", "released", "--switch", "both"])[2].sampler == replace(RELEASED, switch=None)
+    assert train.parse(["--data", "a folder"])[2].sampler == le.sampler_from(dict(preset="photographs")) == le.PHOTOGRAPHS
 
 
 def test_parse_config_paper_is_the_papers_protocol():

@@ -111,11 +111,11 @@ class Config:
     limit: int = 0                    # if not 0, at most so many images in each set, epochs, rounds and steps: to see whether it runs
 
 
-# What differs from the defaults above, by --data and by --config
+# What differs from the defaults above, which are for shapes: for photographs (cifar10 or a folder), and with --config
 PRESETS = {
-    "cifar10": dict(protected=6000, unprotected=5500, validation=500, test=2400, resnet_widths=(16, 32, 64, 128), classifier_epochs=30,
-                    simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_steps=10000, vgg_epochs=40,
-                    unet_levels=250, sampler=le.Sampler(t_star=200, rounds=3, steps=5, perceptual_weight=0.0, switch=0, compare="grey")),
+    "photographs": dict(protected=6000, unprotected=5500, validation=500, test=2400, resnet_widths=(16, 32, 64, 128), classifier_epochs=30,
+                        simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_levels=250, unet_steps=10000, vgg_epochs=40,
+                        sampler=le.PHOTOGRAPHS),
     # the papers' protocol: ResNet-18, M = 10 and K = 20 with steps of epsilon / 10, the U-Net of Ho et al., VGG-16
     "paper": dict(protected=40000, unprotected=9500, validation=500, test=10000, resnet_widths=(64, 64, 128, 256, 512), resnet_blocks=2,
                   resnet_strides=(1, 2, 2, 2), classifier_epochs=60, simclr_epochs=200, simclr_batch=512, noise_step=0.1,
@@ -621,7 +621,7 @@ class Experiment:
 
         def make(report, partial):
             parallel = data_parallel(accelerated(net.to(DEVICE, memory_format=torch.channels_last)))
-            return dict(config=net.config, weights=train_unet(parallel, images, **training, report=report, partial=partial))
+            return dict(config=net.config, levels=c.unet_levels, weights=train_unet(parallel, images, **training, report=report, partial=partial))
         self.stage("ddpm", make, net.config, net.state_dict(), training, images, unet, train_unet)
         return accelerated(unet.load(self.run / "ddpm.pt", DEVICE).to(memory_format=torch.channels_last))
 
@@ -880,6 +880,18 @@ def run_all(experiment):
           "beside them the reverse process (strip.png), training losses (curves.png) and what is taken for what (confusion.png).")
 
 
+def ddpm(experiment, count=500):
+    """Make the U-Net and print how well it denoises validation images, in one step, from each level that purification visits."""
+    net, sampler, g, decibels = experiment.ddpm, experiment.config.sampler, torch.Generator().manual_seed(0), []
+    x0 = batch_of(experiment.sets["validation"][0][:count]) * 2 - 1
+    for t in unet.levels(sampler.t_star, sampler.steps)[:-1]:
+        xt = unet.q_sample(x0, t, batch_of(torch.randn(x0.shape, generator=g)))
+        with torch.no_grad():
+            made = torch.cat([unet.predict_x0(part, t, net(part, t)).clamp(-1, 1) for part in xt.split(100)])
+        decibels.append(f"{psnr(made / 2, x0 / 2):.2f} from t = {t}")
+    print(f"ddpm: PSNR of one denoising step, dB: {', '.join(decibels)}")
+
+
 def anatomy(noise):
     """Shares of the energy of perturbations (N, 3, H, W) that are grey (the channels' mean) and that are slow (the mean of 7x7 pixels)."""
     slow = F.avg_pool2d(F.pad(noise, (3, 3, 3, 3), mode="reflect"), 7, stride=1)
@@ -1125,7 +1137,7 @@ def export(experiment):
     print(f"{root}: a folder and an .npz for each of {', '.join(experiment.protect)}")
 
 
-STAGES = {"all": run_all, "ddpm": lambda e: e.ddpm, "vgg": lambda e: e.vgg, "protect": protect,
+STAGES = {"all": run_all, "ddpm": ddpm, "vgg": lambda e: e.vgg, "protect": protect,
           "purify": lambda e: e.purify, "export": export, "victim": lambda e: print(table(e.victims())),
           "cross": cross, "ablation": ablation, "sweep": sweep, "bench": bench}
 
@@ -1137,20 +1149,21 @@ def parse(argv):
     columns = [shown[i::-(-len(shown) // 3)] for i in range(-(-len(shown) // 3))]
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     usage="python train.py [stage] [--option value ...]",
-                    epilog="\n".join(["what Config explains, with the defaults of shapes (PRESETS has cifar10's):",
+                    epilog="\n".join(["what Config explains, with the defaults of shapes (PRESETS has those of photographs):",
                                       *("  " + "".join(f"{cell:<40}" for cell in row).rstrip() for row in columns)]))
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES, help="default all")
-    parser.add_argument("--config", default="", choices=[name for name in PRESETS if name != "cifar10"], help="paper: its protocol, for a GPU")
+    parser.add_argument("--config", default="", choices=[name for name in PRESETS if name != "photographs"], help="paper: its protocol, for a GPU")
     parser.add_argument("--download", action="store_true", help="first fetch the official archive of cifar10 to --root, and released weights")
     for name, option in options.items():
         parser.add_argument(name, type=integers if option.type is tuple else option.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    add_sampler_options(parser)
+    add_sampler_options(parser, "that of the data")
     known = {action.option_strings[-1] for action in parser._actions if action.option_strings}
     for option in argv:                                    # argparse would take an unknown option's value for the stage
         if option.startswith("--") and option.split("=")[0] not in known:
             parser.error(f"unknown option {option}; --help lists them")
     options = vars(parser.parse_args(argv))
-    stage, wanted, defaults = options.pop("stage"), options.pop("download"), PRESETS.get(options.get("data"), {}) | PRESETS.get(options.pop("config"), {})
+    stage, wanted, config = (options.pop(name) for name in ("stage", "download", "config"))
+    defaults = (PRESETS["photographs"] if options.get("data", Config.data) != "shapes" else {}) | PRESETS.get(config, {})
     try:
         sampler = sampler_from(options, defaults.get("sampler", le.Sampler()))
     except ValueError as error:

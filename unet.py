@@ -144,6 +144,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = dict(width=width, mults=tuple(mults), blocks=blocks, attention=tuple(attention), dropout=dropout, patch=patch, size=size)
         self.width, self.patch, self.multiple = width, patch, patch * 2 ** (len(mults) - 1)
+        self.levels = T                                    # noise levels that it has learned: 1..levels
         colours, resolution, c_time = 3 * patch ** 2, size // patch, 4 * width
         self.temb = nn.Module()
         self.temb.dense = nn.ModuleList([nn.Linear(width, c_time), nn.Linear(c_time, c_time)])
@@ -307,19 +308,19 @@ def infer_config(weights):
 def load(path, device="cpu"):
     """The U-Net in a checkpoint, in evaluation mode, recognised by its keys:
 
-    ours            {"config", "weights"}, of `train.py ddpm`
+    ours            {"config", "weights", "levels"}, of `train.py ddpm`
     diffusers       the weights of a UNet2DModel such as google/ddpm-cifar10-32, .bin or .safetensors
     the PyTorch     port of Ho et al., for which the paper's authors released theirs: a state dict, or a list that begins
                     with one, its names after "module.", and ends with the averaged (EMA) weights, which are taken
     Raises ValueError if the file is something else, naming the first key that differs.
     """
-    weights = read(path, device)
+    weights, known = read(path, device), T
     if isinstance(weights, list) and weights:
         weights = weights[0] | weights[-1]                 # the average lacks buffers, if there are any
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: holds a {type(weights).__name__}, expected the weights of a U-Net")
     if {"config", "weights"} <= set(weights):
-        config, weights = weights["config"], weights["weights"]
+        config, weights, known = weights["config"], weights["weights"], weights.get("levels", T)
     else:
         weights = {str(name).removeprefix("module."): w for name, w in weights.items()}
         if "down_blocks.0.resnets.0.conv1.weight" in weights:
@@ -331,6 +332,7 @@ def load(path, device="cpu"):
         if config["width"] < 128:
             raise ValueError(f"{path}: {config['width']} channels wide; others' networks are read from 128 up, where ours has as many groups in its norms")
     unet = UNet(**config).to(device)
+    unet.levels = known
     fit_weights(path, unet, weights)
     return unet.eval().requires_grad_(False)
 
