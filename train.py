@@ -108,7 +108,7 @@ class Config:
     sampler: le.Sampler = field(default_factory=le.Sampler)
     ablate: str = "em-sample,cp-sample"  # protections that `ablation` looks at
     sweep: str = "epsilon=4,8,16,32"  # setting of the protection, and its values, that `sweep` looks at
-    limit: int = 0                    # if not 0, at most so many images in each set, epochs, rounds and steps: to see whether it runs
+    limit: int = 0                    # if not 0, at most so many images in each set and batch, epochs, rounds and steps: to see whether it runs
 
 
 # What differs from the defaults above, which are for shapes: for photographs (cifar10 or a folder), and with --config
@@ -787,17 +787,17 @@ def grid(path, rows, titles=(), zoom=2, margin=130, gap=4):
     canvas.save(path)
 
 
-def plot(path, series, x_label, y_label, y_top, size=(900, 520)):
-    """A picture of series (name, colour, joined by a line?, [(x, y, text), ...]), y from 0 to y_top."""
+def plot(path, series, x_label, y_label, y_top, y_low=0, size=(900, 520)):
+    """A picture of series (name, colour, joined by a line?, [(x, y, text), ...]), y from y_low to y_top."""
     canvas, left, right, bottom = Image.new("RGB", size, "white"), 50, size[0] - 150, size[1] - 50
     draw, xs = ImageDraw.Draw(canvas), [x for _, _, _, points in series for x, _, _ in points]
     low, high = min(xs), max(max(xs), min(xs) + 1)
-    place = lambda x, y: (left + (x - low) / (high - low) * (right - left), bottom - min(y, y_top) / y_top * (bottom - 30))
+    place = lambda x, y: (left + (x - low) / (high - low) * (right - left), bottom - (min(y, y_top) - y_low) / (y_top - y_low) * (bottom - 30))
     for i in range(6):
-        x, y = low + (high - low) * i / 5, y_top * i / 5
+        x, y = low + (high - low) * i / 5, y_low + (y_top - y_low) * i / 5
         draw.line((*place(low, y), *place(high, y)), fill="#dddddd")
         draw.text((6, place(low, y)[1] - 6), f"{y:.3g}", fill="black")
-        draw.text((place(x, 0)[0] - 8, bottom + 6), f"{x:.3g}", fill="black")
+        draw.text((place(x, y_low)[0] - 8, bottom + 6), f"{x:.3g}", fill="black")
     draw.text((left, size[1] - 20), x_label, fill="black")
     draw.text((6, 6), y_label, fill="black")
     for i, (name, colour, joined, points) in enumerate(series):
@@ -1013,13 +1013,14 @@ def slug(text):
 
 
 def trade_off(results, path):
-    """Accuracy against fidelity (PSNR) of every countermeasure; the joint sampler's, from no weight to four times ours, are joined by a line."""
-    series = []
+    """Accuracy against fidelity (PSNR) of every sampler; the joint one's, from no weight to four times ours, are joined by a line."""
+    series, low = [], 100
     for colour, (name, result) in zip(COLOURS, results.items()):
-        points = {r["countermeasure"]: (r["psnr"], r["accuracy"], r["countermeasure"].removeprefix("joint, weights ")) for r in result["rows"]}
+        points = {r["countermeasure"]: (r["psnr"], r["accuracy"], r["countermeasure"].removeprefix("joint, weights ")) for r in result["rows"] if r["evaluations"]}
         series += [(name, colour, True, [points[label] for label in CURVE if label in points]),
                    ("", colour, False, [point for label, point in points.items() if label not in CURVE and not label.startswith("joint, ")])]
-    plot(path, series, "PSNR to the original, dB", "accuracy on clean images, %", 100)
+        low = min([low, *(accuracy for _, accuracy, _ in points.values())])
+    plot(path, series, "PSNR to the original, dB", "accuracy on clean images, %", 100, 5 * (low // 5))
 
 
 def sweep(experiment):
@@ -1066,12 +1067,12 @@ def integers(text):
     return numbers(int, text)
 
 
-def matrix_peak(n=2048 if DEVICE == "cpu" else 8192, repeats=10):
-    """Floating-point operations a second of one large matrix product, in bfloat16 on CUDA: the most that this machine does."""
-    a, best = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32), math.inf
-    for _ in range(repeats):
-        best = min(best, seconds_of(lambda: a @ a))
-    return 2 * n ** 3 / best
+def matrix_peak(repeats=5):
+    """Floating-point operations a second, in bfloat16 on CUDA, of a large matrix product or a large convolution, whichever is faster here."""
+    n, kind = (8192, torch.bfloat16) if DEVICE == "cuda" else (1024, torch.float32)
+    a, x, w = (torch.randn(shape, device=DEVICE, dtype=kind) for shape in ((n, n), (64, 256, 32, 32), (256, 256, 3, 3)))
+    x, w = (images.contiguous(memory_format=torch.channels_last) for images in (x, w))
+    return max(work / min(seconds_of(loop) for _ in range(repeats)) for loop, work in ((lambda: a @ a, 2 * n ** 3), (lambda: F.conv2d(x, w, padding=1), 18 * 256 * x.numel())))
 
 
 def seconds_of(loop):
