@@ -131,7 +131,7 @@ def seeds_of(seed, places):
 
 
 @torch.no_grad()
-def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=128, report=lambda done, total: None):
+def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=64, report=lambda done, total: None):
     """Turn unlearnable examples into learnable ones with the joint-conditional diffusion model (Jiang et al. 2023).
 
     images (N, 3, H, W) in [0, 1] on any device -> LEs of the same shape there, rounded to multiples of 1/255.

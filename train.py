@@ -1098,7 +1098,7 @@ def bench(experiment, repeats=5):
     @torch.no_grad()
     def bare():
         for _ in range(evaluations):
-            for part in x.split(128):
+            for part in x.split(64):
                 net(part, c.sampler.t_star)
     steps = lambda: train_unet(net.train(), images, levels=c.unet_levels, steps=n // c.unet_batch, batch_size=c.unet_batch, lr=1e-4, ema_decay=c.unet_ema, seed=0,
                                report=quiet, partial=e.run / "bench.partial")
