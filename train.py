@@ -586,12 +586,14 @@ class Experiment:
         if result is None:
             partial, start = self.run / f"{name}.{key[:8]}.partial", time.time()
             result = make(Progress(name), partial)
+            result |= dict(key=key, seconds=round(time.time() - start, 1))
             if RANK == 0:
-                save(path, result | dict(key=key, seconds=round(time.time() - start, 1)))
+                save(path, result)
                 for stale in self.run.glob(f"{name}.*.partial"):
                     stale.unlink()
             barrier()
-            result = torch.load(path, map_location="cpu", weights_only=True)  # with several processes, the first one's
+            if RANK:                                       # all go on with what the first one made
+                result = torch.load(path, map_location="cpu", weights_only=True)
         self.seconds[name] = result["seconds"]
         return result
 
@@ -1054,7 +1056,7 @@ def sweep_of(config):
     name, _, values = config.sweep.partition("=")
     kind = {option.name: option.type for option in fields(Config)}.get(name)
     if kind not in (int, float) or not values:
-        raise ValueError(f"expected a setting that is a number, and its values, such as epsilon=8,16")
+        raise ValueError("expected a setting that is a number, and its values, such as epsilon=8,16")
     return name, numbers(kind, values)
 
 
