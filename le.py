@@ -36,6 +36,7 @@ import unet
 from unet import levels, posterior, predict_x0, q_sample, sigma
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+BATCH = 512 if DEVICE == "cuda" else 32  # images purified at once; a CPU spends a quarter more on more, in the system's memory management
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # which of how many: set by torchrun
 
 
@@ -81,17 +82,15 @@ def seen(x, sampler):
 def guidance(x, y, t, distance, y_embedding, sampler):
     """Gradient with respect to x (B, 3, H, W), in [-1, 1], of its weighted distances to y that apply at level t.
 
-    Every image's distance is its own. The pixel distance is the mean squared difference, whose gradient needs no autograd;
-    `y_embedding()` gives the perceptual features of what is `seen` of the target and is called only where the perceptual distance applies.
+    Every image's distance is its own; the pixel distance is the mean squared difference. `y_embedding()` gives the perceptual features
+    of what is `seen` of the target and is called only where the perceptual distance applies.
     """
     gradient = torch.zeros_like(x)
     if sampler.pixel_weight and (sampler.switch is None or t > sampler.switch):
         gradient += sampler.pixel_weight * 2 * seen(x - y, sampler) / x[0].numel()
     if sampler.perceptual_weight and (sampler.switch is None or t <= sampler.switch):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            d = sum((a - b).square().sum() for a, b in zip(distance.embed(seen(x / 2 + 0.5, sampler)), y_embedding()))
-            gradient += sampler.perceptual_weight * torch.autograd.grad(d, x)[0]
+        at = seen(x / 2 + 0.5, sampler)
+        gradient += sampler.perceptual_weight / 2 * seen(distance.gradient(at, y_embedding()), sampler)  # `seen` is its own transpose
     return gradient
 
 
@@ -115,23 +114,25 @@ def denoise(unet, distance, ue, sampler, draw):
         for t, s in zip(visited, visited[1:]):
             x0 = predict_x0(xt, t, unet(xt, t)).clamp(-1, 1)
             mean, var = posterior(x0, xt, t, s)
-            if sampler.target == "x0":
-                gradient = guidance(x0, ue, t, distance, lambda: ue_embedding, sampler)
-            else:
-                yt = q_sample(ue, t, first if sampler.target == "same" else draw())
-                gradient = guidance(xt, yt, t, distance, lambda: embed(yt), sampler)
-            xt = joint_conditioned_mean(mean, var, t, gradient) + var.sqrt() * draw()
+            if s > 0:                                      # the last stride has no variance, so nothing would be pulled
+                if sampler.target == "x0":
+                    gradient = guidance(x0, ue, t, distance, lambda: ue_embedding, sampler)
+                else:
+                    yt = q_sample(ue, t, first if sampler.target == "same" else draw())
+                    gradient = guidance(xt, yt, t, distance, lambda: embed(yt), sampler)
+                mean = joint_conditioned_mean(mean, var, t, gradient)
+            xt = mean + var.sqrt() * draw()
         x = xt
     return x
 
 
-def seeds_of(seed, places):
-    """A seed for each place, so that an image's noise does not depend on who else is purified, when and where."""
-    return [seed * 1_000_003 + place for place in places]
+def seed_of(seed, place):
+    """A seed for what stands at a place, so that an image's noise does not depend on who else is purified, when and where."""
+    return seed * 1_000_003 + place
 
 
 @torch.no_grad()
-def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=64, report=lambda done, total: None):
+def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=BATCH, report=lambda done, total: None):
     """Turn unlearnable examples into learnable ones with the joint-conditional diffusion model (Jiang et al. 2023).
 
     images (N, 3, H, W) in [0, 1] on any device -> LEs of the same shape there, rounded to multiples of 1/255.
@@ -144,7 +145,7 @@ def purify(unet, distance, images, sampler=Sampler(), seed=0, batch_size=64, rep
     if images.numel() and not 0 <= images.min() <= images.max() <= 1:
         raise ValueError(f"images must be in [0, 1], got {images.min():.3f} to {images.max():.3f}")
     device, out = next(unet.parameters()).device, torch.empty_like(images)
-    seeds = seeds_of(seed, range(len(images))) if isinstance(seed, int) else seed
+    seeds = [seed_of(seed, place) for place in range(len(images))] if isinstance(seed, int) else seed
     for i in range(0, len(images), batch_size):
         ue = images[i:i + batch_size].to(device, memory_format=torch.channels_last) * 2 - 1
         generators = [torch.Generator().manual_seed(s) for s in seeds[i:i + batch_size]]
@@ -182,7 +183,7 @@ def purify_any(unet, distance, images, sampler=Sampler(), seeds=(0,), tile=128, 
     ramp = lambda length: torch.minimum(torch.arange(1, length + 1), torch.arange(length, 0, -1)).clamp_max(overlap).float()
     weight, total, weights = ramp(height)[:, None] * ramp(width), torch.zeros_like(x), torch.zeros(x.shape[2:])
     for k, (i, j) in enumerate(corners):
-        part = purify(unet, distance, x[:, :, i:i + height, j:j + width].contiguous(), sampler, [seeds_of(seed, [k])[0] for seed in seeds])
+        part = purify(unet, distance, x[:, :, i:i + height, j:j + width].contiguous(), sampler, [seed_of(seed, k) for seed in seeds])
         total[:, :, i:i + height, j:j + width] += weight * part
         weights[i:i + height, j:j + width] += weight
     return (total / weights)[:, :, :h, :w].mul(255).round().div(255)
@@ -376,7 +377,7 @@ def pairs(source, out):
     return [(file, target_of(file, source, out)) for file in files]
 
 
-def purify_images(files, clean, seed, batch_pixels=64 * 32 * 32):
+def purify_images(files, clean, seed, batch_pixels=BATCH * 32 ** 2):
     """Purify image files, (source, target) each, with clean(images (N, 3, H, W), seeds (N,)); targets that are there already are kept.
 
     Returns how many could not be read; each is named and skipped.
@@ -445,7 +446,7 @@ def read_array(path):
     return torch.from_numpy(data).permute(0, 3, 1, 2).float() / 255, write
 
 
-def purify_array(source, out, clean, seed, batch_size=64, save_every=30):
+def purify_array(source, out, clean, seed, batch_size=BATCH, save_every=30):
     """Purify an array of images into a file of the same kind; what an interrupted run had done is kept in OUT.partial."""
     if out.exists():
         print(f"{out}: is there already and is kept")
@@ -459,7 +460,7 @@ def purify_array(source, out, clean, seed, batch_size=64, save_every=30):
         images[:len(made)], done = made, len(made)
     for i in range(done, len(images), batch_size):
         batch = images[i:i + batch_size]
-        images[i:i + batch_size] = clean(batch, seeds_of(seed, places[i:i + batch_size]))
+        images[i:i + batch_size] = clean(batch, [seed_of(seed, place) for place in places[i:i + batch_size]])
         report(i + len(batch), len(images))
         if time.time() - written > save_every:
             unet.save(partial, images[:i + len(batch)].clone())

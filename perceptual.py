@@ -48,6 +48,12 @@ class VGG(nn.Module):
         return self.classifier(self.stages(x)[-1].mean((2, 3)))
 
 
+def unit_length(h):
+    """h (B, c, H, W) over its length at each position, and 1 / length (B, 1, H, W)."""
+    inverse = (h.square().sum(1, keepdim=True) + 1e-10).rsqrt()  # 1e-10: a dead position has no gradient, not NaN
+    return h * inverse, inverse
+
+
 class PerceptualDistance(nn.Module):
     """LPIPS (Zhang et al. 2018, Eq. 1) over a frozen VGG: distance(x, y) of images in [0, 1] is a (B,) tensor, 0 for equal images.
 
@@ -63,13 +69,29 @@ class PerceptualDistance(nn.Module):
         if [len(w) for w in self.weights] != channels or any((w < 0).any() for w in self.weights):
             raise ValueError(f"need non-negative weights for {channels} channels, got {[len(w) for w in self.weights]}")
 
+    def weighted(self, x):
+        """VGG's five maps (B, c_l, h_l, w_l) of images, and for each the factors (c_l, 1, 1) whose squares weight its channels and average its positions."""
+        return [(h, (w / h[0, 0].numel()).sqrt().view(-1, 1, 1)) for h, w in zip(self.vgg.stages(x), self.weights)]
+
     def embed(self, x):
         """Five feature maps (B, c_l, h_l, w_l) whose squared differences add up to the perceptual distance, so that a fixed target is embedded once."""
-        maps = []
-        for h, w in zip(self.vgg.stages(x), self.weights):
-            h = h * (h.square().sum(1, keepdim=True) + 1e-10).rsqrt()     # 1e-10: a dead position has no gradient, not NaN
-            maps.append(h * (w / h[0, 0].numel()).sqrt().view(1, -1, 1, 1))
-        return maps
+        return [factor * unit_length(h)[0] for h, factor in self.weighted(x)]
+
+    def gradient(self, x, target):
+        """Gradient (B, 3, H, W), with respect to x, of its images' distances to those that have the embedding `target`.
+
+        Unit length u = h / |h| is differentiated by hand, in half of autograd's time: of what pulls at u, the part along u is lost,
+        and the rest is divided by |h|. The way on, through VGG, is autograd's.
+        """
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            maps = self.weighted(x)
+        pulls = []
+        for (h, factor), y in zip(maps, target):
+            u, inverse = unit_length(h.detach())
+            pull = (factor * u).sub_(y).mul_(2 * factor)
+            pulls.append(pull.sub_(u.mul_((u * pull).sum(1, keepdim=True))).mul_(inverse))
+        return torch.autograd.grad([h for h, _ in maps], x, pulls)[0]
 
     def forward(self, x, y):
         return sum((a - b).square().sum((1, 2, 3)) for a, b in zip(self.embed(x), self.embed(y)))

@@ -337,6 +337,12 @@ def test_PerceptualDistance_gradient_by_finite_differences():
     assert math.isclose(slope.item(), (gradient * direction).sum().item(), rel_tol=1e-3)
 
 
+def test_PerceptualDistance_gradient_by_hand_is_autograds():
+    distance, x, y = small_distance(weights=[torch.rand(c) for c in (4, 8, 16, 32, 32)]).double(), images(2).double().requires_grad_(), images(2).double()
+    expected, = torch.autograd.grad(distance(x, y).sum(), x)
+    assert torch.allclose(distance.gradient(x.detach(), distance.embed(y)), expected)
+
+
 def test_LPIPS_weights_must_fit_the_channels():
     with pytest.raises(ValueError, match="weights"):
         small_distance(weights=[torch.ones(3)] * 5)
@@ -687,10 +693,10 @@ def test_purify_guidance_pulls_towards_the_UE(nets):
 
 
 def test_purify_computes_only_the_gradient_in_use(nets, monkeypatch):
-    calls, embed = [], nets[1].embed
-    monkeypatch.setattr(nets[1], "embed", lambda x: calls.append(len(x)) or embed(x))
-    purify(*nets, images(1), replace(JOINT, rounds=1, t_star=12, steps=3, switch=6))
-    assert len(calls) == 2                                 # of the UE, and of the prediction at level 4; levels 12 and 8 use pixels
+    calls, stages = [], nets[1].vgg.stages
+    monkeypatch.setattr(nets[1].vgg, "stages", lambda x: calls.append(len(x)) or stages(x))
+    purify(*nets, images(1), replace(JOINT, rounds=1, t_star=12, steps=4, switch=6))
+    assert len(calls) == 2                                 # of the UE, and of the prediction at level 6; 12 and 9 use pixels, 3 has no variance to pull in
 
 
 def test_RELEASED_preset_pull_matches_the_release():
@@ -1073,7 +1079,27 @@ def test_ResNet_18_has_the_known_number_of_parameters():
     assert sum(p.numel() for p in net.parameters()) == 11_173_962
 
 
-def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values(shape):
+    m = torch.randn(shape, dtype=torch.float64)
+    m[0] *= 10
+    u, s, v = torch.linalg.svd(m, full_matrices=False)
+    made = u.mT @ train.orthogonal(m, iterations=5) @ v.mT
+    assert torch.allclose(made, made.diag().diag(), atol=1e-9) and 0.6 < made.diag().min() and made.diag().max() < 1.3 and s.max() > 5 * s.min()
+
+
+def test_Muon_steps_by_its_rate_along_the_orthogonal_gradient_with_momentum():
+    w = torch.nn.Parameter(torch.zeros(4, 2, 3, 3))
+    gradients, optimizer = [torch.randn(4, 2, 3, 3) for _ in range(2)], train.Muon([w], lr=0.1, momentum=0.5)
+    for w.grad in gradients:
+        optimizer.step()
+    first, second = 1.5 * gradients[0], gradients[1] + 0.5 * (0.5 * gradients[0] + gradients[1])  # Nesterov: look half a step ahead
+    expected = -0.1 * (train.orthogonal(first.flatten(1)) + train.orthogonal(second.flatten(1)))
+    assert torch.allclose(w.detach().flatten(1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path, muon):
     x = images(16)
 
     def run(partial, stop=None):
@@ -1081,7 +1107,7 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
             if done == stop:
                 raise KeyboardInterrupt
         torch.manual_seed(0)
-        return train.train_unet(UNet(**TINY).to(train.DEVICE), x, levels=20, steps=40, batch_size=4, lr=1e-3, ema_decay=0.9, seed=0,
+        return train.train_unet(UNet(**TINY).to(train.DEVICE), x, levels=20, steps=40, batch_size=4, lr=1e-3, muon=muon, ema_decay=0.9, seed=0,
                                 report=report, partial=partial, checkpoint_seconds=0)
     whole = run(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
@@ -1161,14 +1187,16 @@ def test_main_cross_puts_each_protection_before_the_other_victim(tmp_path):
 
 
 def test_main_ablation_compares_every_countermeasure_on_validation_images(tmp_path, capsys):
-    run = tmp_path / "run"
+    run, names = tmp_path / "run", lambda questions: list(dict.fromkeys(label for counters in questions.values() for label in counters))
     train.main(["ablation", *SMALL, "--protected", "20", "--protections", "em", "--ablate", "em-class,em-sample", "--classifier_epochs", "1", "--out", str(run)])
     result = json.loads((run / "ablation.json").read_text())
     rows = {row["countermeasure"]: row for row in result["em-class"]["rows"]}
-    assert result["evaluate"] == "validation" and list(rows) == [*train.countermeasures(Sampler()), *train.variations(Sampler())]
-    assert [row["countermeasure"] for row in result["em-sample"]["rows"]] == list(train.countermeasures(Sampler()))
+    assert result["evaluate"] == "validation" and list(rows) == names(train.countermeasures(Sampler()) | train.variations(Sampler()))
+    assert [row["countermeasure"] for row in result["em-sample"]["rows"]] == names(train.countermeasures(Sampler()))
+    assert Image.open(run / "ablation-em-class-target.png").height > 3 * 64 and Image.open(run / "ablation-em-sample-condition.png").height > 4 * 64
     assert rows["none"]["evaluations"] == 0 and rows["none"]["recovery"] in (0, None) and rows["released, 36 levels"]["evaluations"] == 144
     assert rows["joint"]["evaluations"] == 8 and rows["joint, mean of two draws"]["evaluations"] == 16
+    assert rows["joint, then a shallow round"]["evaluations"] == 10
     assert "| joint, both throughout |" in capsys.readouterr().out and Image.open(run / "ablation.png").width > 500
 
 
@@ -1193,7 +1221,7 @@ def test_main_bench_prints_rates_and_the_cost_of_guidance(tmp_path, capsys):
 
 def test_countermeasures_without_a_network():
     x, g = train.shapes(4, seed=0)[0], torch.Generator().manual_seed(0)
-    made = {name: counter(x, g) for name, counter in train.countermeasures(Sampler()).items() if callable(counter)}
+    made = {name: counter(x, g) for name, counter in train.countermeasures(Sampler())["network"].items()}
     assert torch.equal(made["none"], x) and torch.equal(made["grayscale"][:, 0], made["grayscale"][:, 2])
     assert 15 < train.psnr(made["JPEG 10"], x) < 35
     assert math.isclose((made["noise"] - x)[(made["noise"] > 0) & (made["noise"] < 1)].std(), sigma(100) / 2, rel_tol=0.1)

@@ -13,6 +13,7 @@ import ast
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ import perceptual
 import unet
 from attacks import VIEWS, classify, crop_flip, find_partner, min_min, publish, to
 from le import (DEVICE, PROCESSES, RANK, BadInput, Parser, Progress, accelerated, add_sampler_options, barrier, download, explained, gathered, joined,
-                sampler_from, seeds_of, share)
+                sampler_from, seed_of, share)
 from unet import EMA, UNet, ddpm_loss, save
 
 
@@ -91,9 +92,10 @@ class Config:
     unet_dropout: float = 0.0
     unet_patch: int = 2
     unet_levels: int = 100            # noise levels 1..unet_levels are trained: those that purification visits
-    unet_steps: int = 6500
+    unet_steps: int = 6200
     unet_batch: int = 16
-    unet_lr: float = 4e-3
+    unet_lr: float = 4e-3             # of Adam
+    unet_muon: float = 0.02           # of Muon, which trains the convolutions; 0: Adam trains all
     unet_ema: float = 0.999
     unet_start: str = ""              # a checkpoint, such as released weights, to go on from instead of a fresh U-Net
     # perceptual distance
@@ -114,14 +116,14 @@ class Config:
 # What differs from the defaults above, which are for shapes: for photographs (cifar10 or a folder), and with --config
 PRESETS = {
     "photographs": dict(protected=6000, unprotected=5500, validation=500, test=2400, resnet_widths=(16, 32, 64, 128), classifier_epochs=30,
-                        simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_levels=250, unet_steps=10000, vgg_epochs=40,
+                        simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_levels=250, unet_steps=10000, unet_muon=0.0, vgg_epochs=40,
                         sampler=le.PHOTOGRAPHS),
     # the papers' protocol: ResNet-18, M = 10 and K = 20 with steps of epsilon / 10, the U-Net of Ho et al., VGG-16
     "paper": dict(protected=40000, unprotected=9500, validation=500, test=10000, resnet_widths=(64, 64, 128, 256, 512), resnet_blocks=2,
                   resnet_strides=(1, 2, 2, 2), classifier_epochs=60, simclr_epochs=200, simclr_batch=512, noise_step=0.1,
                   em_sample_steps=20, em_sample_lr=0.1, cp_class_rounds=200, cp_sample_rounds=40, cp_sample_steps=5,
                   unet_width=128, unet_mults=(1, 2, 2, 2), unet_blocks=2, unet_attention=(16,), unet_dropout=0.1, unet_patch=1, unet_levels=1000,
-                  unet_steps=40000, unet_batch=128, unet_lr=2e-4, unet_ema=0.9999, vgg_weights="runs/vgg16-397923af.pth", lpips="runs/lpips-vgg.pth"),
+                  unet_steps=40000, unet_batch=128, unet_lr=2e-4, unet_muon=0.0, unet_ema=0.9999, vgg_weights="runs/vgg16-397923af.pth", lpips="runs/lpips-vgg.pth"),
 }
 
 # What a protection is made against, and who judges it: error-minimizing noise and contrastive poisoning
@@ -440,10 +442,14 @@ def fit(model, choose, images, *, epochs, lr, batch_size, generator, report):
 
 
 @torch.no_grad()
+def answers(model, images):
+    """The classes (N,) that the model, in evaluation mode, takes the images for."""
+    return torch.cat([model(batch_of(part)).argmax(1).cpu() for part in images.split(500)])
+
+
 def accuracy(model, images, labels):
     """Percentage of the images that the model, in evaluation mode, classifies right."""
-    right = sum((model(batch_of(x)).argmax(1).cpu() == y).sum().item() for x, y in zip(images.split(500), labels.split(500)))
-    return 100 * right / len(images)
+    return 100 * (answers(model, images) == labels).float().mean().item()
 
 
 def linear_probe(encoder, train, test):
@@ -471,35 +477,69 @@ def linear_probe(encoder, train, test):
 # ---------------------------------------------------------------------------------------------------------------------
 # The diffusion model
 
-def train_unet(net, images, *, levels, steps, batch_size, lr, ema_decay, seed, report, partial, checkpoint_seconds=30):
+def orthogonal(m, iterations=4):
+    """A matrix (r, c) with the singular vectors of m and singular values about 1, by Newton and Schulz's iteration (Jordan et al. 2024)."""
+    if m.shape[0] > m.shape[1]:
+        return orthogonal(m.T, iterations).T
+    m = m / (m.norm() + 1e-7)                              # no singular value above 1
+    for _ in range(iterations):                            # each becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, which lifts small ones fast
+        square = m @ m.T
+        m = 3.4445 * m + (-4.775 * square + 2.0315 * square @ square) @ m
+    return m
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose step is orthogonal (Jordan et al. 2024), for convolutions, seen as matrices (c_out, c_in * k * k).
+
+    All directions of a weight learn equally fast, not only the few that dominate its gradient. torch.optim.Muon takes matrices alone.
+    """
+
+    def __init__(self, weights, lr, momentum=0.95):
+        super().__init__(weights, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
+                velocity.mul_(group["momentum"]).add_(w.grad)
+                w -= group["lr"] * orthogonal((w.grad + group["momentum"] * velocity).flatten(1)).view_as(w)
+
+
+def train_unet(net, images, *, levels, steps, batch_size, lr, muon, ema_decay, seed, report, partial, checkpoint_seconds=30):
     """Train in place by Ho et al. 2020, Algorithm 1, on noise levels 1..levels; returns the EMA of the weights (a state dict).
 
     Every step of every process draws from its own seed, so a run resumed from `partial`, a file written every `checkpoint_seconds`, ends where an
-    uninterrupted one does. The learning rate warms up over 100 steps and falls to zero along a half cosine.
+    uninterrupted one does. Muon trains the convolutions, Adam all else, or all if the rate `muon` is 0. Learning rates warm up over 100 steps
+    and fall to zero along a half cosine.
     """
-    optimizer, ema, start = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99)), EMA(net, ema_decay), 0
+    others, convolutions = ([w for w in net.parameters() if (muon > 0 and w.ndim == 4) == chosen] for chosen in (False, True))
+    optimizers = {torch.optim.Adam(others, betas=(0.9, 0.99), fused=True): lr} | ({Muon(convolutions, muon): muon} if muon else {})
+    ema, start = EMA(net, ema_decay), 0
     if partial.exists():
         saved = torch.load(partial, map_location=DEVICE, weights_only=True)
         net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
         ema.weights, ema.updates, start = saved["ema"], saved["step"], saved["step"]
     net.train()
     images, batch_size, written = images.to(DEVICE), math.ceil(batch_size / PROCESSES), time.time()
     for step in range(start, steps):
-        torch.manual_seed(seeds_of(seed * PROCESSES + RANK, [step])[0])
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+        torch.manual_seed(seed_of(seed * PROCESSES + RANK, step))
+        for optimizer, rate in optimizers.items():
+            optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
         x0 = images[to(DEVICE, torch.randint(len(images), (batch_size,)))[0]] * 2 - 1
         x0 = torch.where(*to(DEVICE, torch.rand(batch_size, 1, 1, 1) < 0.5), x0.flip(3), x0)
         t, eps = torch.randint(1, levels + 1, (batch_size,)), torch.randn_like(x0)
         loss = ddpm_loss(net, batch_of(x0), *to(DEVICE, t), batch_of(eps))
-        optimizer.zero_grad()
+        net.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         ema.update(net)
         report(step + 1, steps, loss=loss.detach())
         if RANK == 0 and time.time() - written > checkpoint_seconds:
-            save(partial, dict(step=step + 1, net=net.state_dict(), ema=ema.weights, optimizer=optimizer.state_dict()))
+            save(partial, dict(step=step + 1, net=net.state_dict(), ema=ema.weights, optimizers=[optimizer.state_dict() for optimizer in optimizers]))
             written = time.time()
     return ema.weights
 
@@ -611,20 +651,23 @@ class Experiment:
             return net, classify(net, labels.to(DEVICE), lambda x: crop_flip(x, generator))
         return net, find_partner(net, lambda x: VIEWS[c.simclr_view](x, generator), c.simclr_temperature)
 
+    def fresh_unet(self):
+        """The U-Net before its training."""
+        c = self.config
+        torch.manual_seed(c.seed)
+        return UNet(c.unet_width, c.unet_mults, c.unet_blocks, c.unet_attention, c.unet_dropout, c.unet_patch, self.sets["unprotected"][0].shape[-1])
+
     @cached_property
     def ddpm(self):
         """The U-Net, trained on the unprotected images only."""
         c, (images, _) = self.config, self.sets["unprotected"]
-        settings = dict(width=c.unet_width, mults=c.unet_mults, blocks=c.unet_blocks, attention=c.unet_attention,
-                        dropout=c.unet_dropout, patch=c.unet_patch, size=images.shape[-1])
-        training = dict(levels=c.unet_levels, steps=c.unet_steps, batch_size=c.unet_batch, lr=c.unet_lr, ema_decay=c.unet_ema, seed=c.seed)
-        torch.manual_seed(c.seed)
-        net = given(unet.load, c.unet_start).requires_grad_(True) if c.unet_start else UNet(**settings)
+        training = dict(levels=c.unet_levels, steps=c.unet_steps, batch_size=c.unet_batch, lr=c.unet_lr, muon=c.unet_muon, ema_decay=c.unet_ema, seed=c.seed)
+        net = given(unet.load, c.unet_start).requires_grad_(True) if c.unet_start else self.fresh_unet()
 
         def make(report, partial):
             parallel = data_parallel(accelerated(net.to(DEVICE, memory_format=torch.channels_last)))
             return dict(config=net.config, levels=c.unet_levels, weights=train_unet(parallel, images, **training, report=report, partial=partial))
-        self.stage("ddpm", make, net.config, net.state_dict(), training, images, unet, train_unet)
+        self.stage("ddpm", make, net.config, net.state_dict(), training, images, unet, train_unet, Muon, orthogonal)
         return accelerated(unet.load(self.run / "ddpm.pt", DEVICE).to(memory_format=torch.channels_last))
 
     @cached_property
@@ -660,7 +703,8 @@ class Experiment:
         x, epsilon, ues = batch_of(images), c.epsilon / 255, {}
         for family in c.protections.split(","):
             kind = VICTIMS[family]
-            settings = self.settings(family, "resnet", "epsilon", "noise_step", "seed", *["simclr_view", "simclr_temperature"] * (kind == "simclr"))
+            settings = self.settings("resnet", "epsilon", "noise_step", "seed", *["simclr_view", "simclr_temperature"] * (kind == "simclr"))
+            of_class, of_sample = self.settings(f"{family}_class"), self.settings(f"{family}_sample")
 
             def make(mine, rows, start, surrogate_weights, g, report, **how):
                 surrogate, choose = self.learner(kind, c.seed + 1000, labels[mine], g)  # not the victim's initialisation
@@ -673,19 +717,19 @@ class Experiment:
             def class_wise(report, _):                     # under torchrun, each process does all of it
                 start = torch.empty(len(self.classes), *images.shape[1:]).uniform_(-epsilon, epsilon, generator=torch.Generator().manual_seed(c.seed))
                 noise, surrogate = make(slice(None), labels, start, None, torch.Generator().manual_seed(c.seed), report,
-                                        rounds=settings[f"{family}_class_rounds"], noise_batches=10)
+                                        rounds=of_class[f"{family}_class_rounds"], noise_batches=10)
                 return dict(images=as_bytes(publish(images, noise[labels])), noise=noise, surrogate=surrogate)
 
             def sample_wise(report, _):                    # and here the noise of its own share
                 mine = share(torch.arange(len(images)))
                 noise, surrogate = make(mine, torch.arange(len(mine)), by_class["noise"][labels[mine]], by_class["surrogate"], generator(c.seed), report,
-                                        rounds=settings[f"{family}_sample_rounds"], noise_steps=settings[f"{family}_sample_steps"],
-                                        lr=settings[f"{family}_sample_lr"], batch_size=math.ceil(128 / PROCESSES))
+                                        rounds=of_sample[f"{family}_sample_rounds"], noise_steps=of_sample[f"{family}_sample_steps"],
+                                        lr=of_sample[f"{family}_sample_lr"], batch_size=math.ceil(128 / PROCESSES))
                 noise = gathered(noise, len(images))
                 return dict(images=as_bytes(publish(images, noise)), noise=noise, surrogate=surrogate)
             depends = settings, images, labels, attacks, ResNet, BasicBlock, SimCLR, Experiment.learner, make
-            by_class = self.stage(f"{family}-class", class_wise, *depends)
-            by_sample = self.stage(f"{family}-sample", sample_wise, by_class["noise"], by_class["surrogate"], *depends)
+            by_class = self.stage(f"{family}-class", class_wise, of_class, *depends)
+            by_sample = self.stage(f"{family}-sample", sample_wise, by_class["noise"], by_class["surrogate"], of_sample, *depends)
             ues |= {f"{family}-class": as_float(by_class["images"]), f"{family}-sample": as_float(by_sample["images"])}
         return ues
 
@@ -694,18 +738,22 @@ class Experiment:
         """{protection: learnable examples (N, 3, H, W)} made from the unlearnable ones."""
         c, les = self.config, {}
         for name, ues in self.protect.items():
-            les[name] = as_float(self.purified(f"{name}-le", ues, [c.sampler])["images"])
+            les[name] = as_float(self.purified(f"{name}-le", ues, c.sampler)["images"])
         return les
 
-    def purified(self, name, ues, samplers, together=lambda results: results[0]):
-        """The stage of learnable examples made from UEs (N, 3, H, W): what `together` makes of the list of every sampler's result."""
+    def purified(self, name, ues, *samplers, draws=1, together=lambda made: made[0]):
+        """The stage of learnable examples made from UEs (N, 3, H, W) by one sampler after the other: what `together` makes of the list of `draws` such."""
         c = self.config
 
         def make(report, _):
-            seeds = [share(seeds_of(c.seed + k, range(len(ues)))) for k in range(len(samplers))]
-            made = [gathered(le.purify(self.ddpm, self.vgg, share(ues), *how, report=report), len(ues)) for how in zip(samplers, seeds)]
+            seed, made = itertools.count(c.seed), []
+            for _ in range(draws):
+                images = share(ues)
+                for sampler in samplers:
+                    images = le.purify(self.ddpm, self.vgg, images, sampler, share([seed_of(next(seed), place) for place in range(len(ues))]), report=report)
+                made.append(gathered(images, len(ues)))
             return dict(images=as_bytes(together(made)))
-        return self.stage(name, make, [asdict(sampler) for sampler in samplers], c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
+        return self.stage(name, make, [asdict(sampler) for sampler in samplers], draws, c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
                           unet, perceptual, le.seen, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify)
 
     def victim(self, kind, name, images, seed=None):
@@ -774,18 +822,18 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 
 def grid(path, rows, titles=(), zoom=2, margin=130, gap=4):
-    """A picture of rows of images, (text, [(3, H, W), ...]) each, under a line of titles."""
-    cell, header = rows[0][1][0].shape[-1] * zoom, 16 * bool(titles)
-    canvas = Image.new("RGB", (margin + max(len(images) for _, images in rows) * (cell + gap), header + len(rows) * (cell + gap) + gap), "white")
+    """A picture of rows of images, (text, [(3, H, W), ...]) each, all of one size, under a line of titles."""
+    (height, width), header = (zoom * side for side in rows[0][1][0].shape[1:]), 16 * bool(titles)
+    canvas = Image.new("RGB", (margin + max(len(images) for _, images in rows) * (width + gap), header + len(rows) * (height + gap) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for j, title in enumerate(titles):
-        draw.text((margin + j * (cell + gap), 2), title, fill="black")
+        draw.text((margin + j * (width + gap), 2), title, fill="black")
     for i, (text, images) in enumerate(rows):
-        top = header + gap + i * (cell + gap)
-        draw.text((6, top + cell // 2 - 6), text, fill="black")
+        top = header + gap + i * (height + gap)
+        draw.text((6, top + height // 2 - 6), text, fill="black")
         for j, image in enumerate(images):
             pixels = as_bytes(image).permute(1, 2, 0).numpy()
-            canvas.paste(Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST), (margin + j * (cell + gap), top))
+            canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (margin + j * (width + gap), top))
     canvas.save(path)
 
 
@@ -813,10 +861,15 @@ def plot(path, series, x_label, y_label, y_top, y_low=0, size=(900, 520)):
     canvas.save(path)
 
 
+def first_of_each(labels, n):
+    """Where the first image of each class is, for at most n classes."""
+    return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:n]
+
+
 def figure(e, path, amplify=16, columns=10):
     """Rows of original, UE, perturbation, LE and what is left of the perturbation, for each protection; one image of each class."""
     originals, labels = e.sets["protected"]
-    chosen = [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:columns]
+    chosen = first_of_each(labels, columns)
     rows = [("original", originals[chosen])]
     for name, ues in e.protect.items():
         x, ue, le_ = originals[chosen], ues[chosen], e.purify[name][chosen]
@@ -846,27 +899,17 @@ def curves(e, path):
          "epoch", "training loss", 2.5)
 
 
-def confusion(e, path, zoom=24, margin=80):
+def confusion(e, path):
     """What classifiers trained on clean images, UEs and LEs take clean images for: rows are classes, columns answers, blue is often."""
     name = next((name for name in e.protect if judge_of(name) == "classifier"), None)
     if name is None:
         return
-    (x, y), n = e.sets[e.config.evaluate], len(e.classes)
-    canvas = Image.new("RGB", (margin + 3 * (n * zoom + 16), 20 + n * zoom + 6), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, (title, key, images) in enumerate((("clean", "clean", e.sets["protected"][0]), (f"{name} UE", f"{name}-ue", e.protect[name]),
-                                              (f"{name} LE", f"{name}-le", e.purify[name]))):
+    (x, y), n, blue, matrices = e.sets[e.config.evaluate], len(e.classes), torch.tensor([0.0, 0.45, 0.7]).view(3, 1, 1), []
+    for key, images in (("clean", e.sets["protected"][0]), (f"{name}-ue", e.protect[name]), (f"{name}-le", e.purify[name])):
         net = e.victim("classifier", key, images)[0]
-        with torch.no_grad():
-            answers = torch.cat([net(batch_of(part)).argmax(1).cpu() for part in x.split(500)])
-        counts, left = (n * y + answers).bincount(minlength=n * n).view(n, n).float(), margin + k * (n * zoom + 16)
-        draw.text((left, 4), title, fill="black")
-        for i in range(n):
-            draw.text((4, 20 + i * zoom + zoom // 2 - 6), str(e.classes[i])[:12], fill="black")
-            for j in range(n):
-                shade = 1 - (counts[i, j] / counts[i].sum().clamp_min(1)).item()
-                draw.rectangle((left + j * zoom, 20 + i * zoom, left + (j + 1) * zoom - 2, 20 + (i + 1) * zoom - 2), fill=(int(240 * shade), int(114 + 126 * shade), int(178 + 62 * shade)))
-    canvas.save(path)
+        counts = (n * y + answers(net, x)).bincount(minlength=n * n).view(n, n)
+        matrices.append(0.94 + (blue - 0.94) * counts / counts.sum(1, keepdim=True).clamp_min(1))
+    grid(path, [(str(e.classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices]) for i in range(n)], ["clean", f"{name} UE", f"{name} LE"], zoom=24, gap=2)
 
 
 def run_all(experiment):
@@ -897,7 +940,7 @@ def ddpm(experiment, count=500):
 def anatomy(noise):
     """Shares of the energy of perturbations (N, 3, H, W) that are grey (the channels' mean) and that are slow (the mean of 7x7 pixels)."""
     slow = F.avg_pool2d(F.pad(noise, (3, 3, 3, 3), mode="reflect"), 7, stride=1)
-    return [part.square().sum().item() / noise.square().sum().item() for part in (noise.mean(1, keepdim=True).expand_as(noise), slow)]
+    return [part.square().sum().item() / noise.square().sum().item() for part in (le.seen(noise, le.PHOTOGRAPHS), slow)]
 
 
 def protect(experiment):
@@ -934,51 +977,65 @@ def weighted(sampler, w):
 CURVE = {"unguided": 0, **{f"joint, weights x {w}": w for w in (0.25, 0.5)}, "joint": 1, **{f"joint, weights x {w}": w for w in (2, 4)}}
 
 
+def using(*samplers, **how):
+    """These samplers, one after the other, and how `Experiment.purified` is to use them."""
+    return samplers, how
+
+
 def countermeasures(sampler):
-    """{name: what is done to unlearnable examples: a function of them and a generator, or a list of samplers whose results are averaged}."""
-    level = sampler.t_star
+    """{question: {name: what is done to unlearnable examples: a function of them and a generator, or what `using` returns}}."""
+    level, joint = sampler.t_star, {"joint": using(sampler)}
     return {
-        "none": lambda x, g: x,
-        "grayscale": lambda x, g: attacks.luma(x).expand_as(x),
-        "JPEG 10": lambda x, g: jpeg(x),
-        "noise": lambda x, g: (x + unet.sigma(level) / 2 * torch.randn(x.shape, generator=g)).clamp(0, 1),  # as much as the samplers add
-        "unguided": [weighted(sampler, 0)],
-        "pixel only": [replace(sampler, perceptual_weight=0.0, switch=0)],
-        "perceptual only": [replace(sampler, pixel_weight=0.0, switch=level)],
-        "joint": [sampler],
-        "released, 20 levels": [replace(le.RELEASED, t_star=20, steps=20)],
-        "released, 36 levels": [le.RELEASED],
-    }
+        "network": {
+            "none": lambda x, g: x,
+            "grayscale": lambda x, g: attacks.luma(x).expand_as(x),
+            "JPEG 10": lambda x, g: jpeg(x),
+            "noise": lambda x, g: (x + unet.sigma(level) / 2 * torch.randn(x.shape, generator=g)).clamp(0, 1)},  # as much as the samplers add
+        "condition": {
+            "unguided": using(weighted(sampler, 0)),
+            "pixel only": using(replace(sampler, perceptual_weight=0.0, switch=0)),
+            "perceptual only": using(replace(sampler, pixel_weight=0.0, switch=level))} | joint,
+        "release": joint | {
+            "released, 20 levels": using(replace(le.RELEASED, t_star=20, steps=20)),
+            "released, 36 levels": using(le.RELEASED)}}
 
 
 def variations(sampler):
     """The same for questions about the joint sampler."""
+    joint = {"joint": using(sampler)}
     return {
-        "joint, target at level t, same noise": [replace(sampler, target="same")],
-        "joint, target at level t, fresh noise": [replace(sampler, target="fresh")],
-        "joint, both throughout": [replace(sampler, switch=None)],
-        "joint, on grey": [replace(sampler, compare="grey")],
-        "joint, two rounds of half the steps": [replace(sampler, rounds=2 * sampler.rounds, steps=sampler.steps // 2)],
-        "joint, twice the steps": [replace(sampler, steps=2 * sampler.steps)],
-        "joint, mean of two draws": [sampler] * 2,
-        "joint, two draws as augmentation": ([sampler] * 2, torch.cat),
-        **{label: [weighted(sampler, w)] for label, w in CURVE.items() if w not in (0, 1)},
-    }
+        "target": joint | {
+            "joint, target at level t, same noise": using(replace(sampler, target="same")),
+            "joint, target at level t, fresh noise": using(replace(sampler, target="fresh"))},
+        "order": joint | {"joint, both throughout": using(replace(sampler, switch=None))},
+        "sight": joint | {"joint, on grey": using(replace(sampler, compare="grey"))},
+        "rounds": joint | {
+            "joint, two rounds of half the steps": using(replace(sampler, rounds=2 * sampler.rounds, steps=max(1, sampler.steps // 2))),
+            "joint, twice the steps": using(replace(sampler, steps=2 * sampler.steps)),
+            "joint, then a shallow round": using(sampler, replace(weighted(sampler, 0), t_star=max(2, sampler.t_star // 4), rounds=1, steps=2))},
+        "draws": joint | {
+            "joint, mean of two draws": using(sampler, draws=2, together=lambda made: torch.stack(made).mean(0)),
+            "joint, two draws as augmentation": using(sampler, draws=2, together=torch.cat)},
+        "weight": {label: using(weighted(sampler, w)) for label, w in CURVE.items()}}
 
 
-def compare(e, name, counters, victims):
-    """What victims learn from a protection's UEs after each countermeasure: {"clean": accuracy, "rows": [{"countermeasure", "accuracy", ...}]}."""
-    ues, (originals, _), vgg, kind, rows = e.protect[name], e.sets["protected"], e.vgg, judge_of(name), []
+def compare(e, name, questions, victims):
+    """What victims learn from a protection's UEs after each countermeasure: {"clean": accuracy, "rows": [{"countermeasure", "accuracy", ...}]}.
+
+    Draws a picture for each question: images as each of its countermeasures leaves them, and what is left of the perturbation.
+    """
+    ues, (originals, labels), vgg, kind, rows, looks = e.protect[name], e.sets["protected"], e.vgg, judge_of(name), [], {}
+    chosen = first_of_each(labels, 6)
     spread = lambda what, images: np.array([e.score(kind, f"{what}-{k}", images, e.config.seed + k) for k in range(victims)])
     clean = spread("clean", originals)
-    for label, counter in counters.items():
+    for label, counter in {label: counter for counters in questions.values() for label, counter in counters.items()}.items():
         evaluations, seconds = 0, 0.0
         if callable(counter):
             made = counter(ues, torch.Generator().manual_seed(e.config.seed))
         else:
-            samplers, together = counter if isinstance(counter, tuple) else (counter, lambda results: torch.stack(results).mean(0))
-            stage = e.purified(f"ablation-{name}-{slug(label)}", ues, samplers, together)
-            made, evaluations = as_float(stage["images"]), sum(sampler.rounds * sampler.steps for sampler in samplers)
+            samplers, how = counter
+            stage = e.purified(f"ablation-{name}-{slug(label)}", ues, *samplers, **how)
+            made, evaluations = as_float(stage["images"]), how.get("draws", 1) * sum(sampler.rounds * sampler.steps for sampler in samplers)
             seconds = 1000 * stage["seconds"] / len(ues)
         accuracies, version = spread(f"{name}-{slug(label)}", made), made[:len(ues)]
         lost = lost if rows else clean - accuracies        # the first row is what nothing does
@@ -987,14 +1044,17 @@ def compare(e, name, counters, victims):
         rows.append(dict(countermeasure=label, accuracy=round(accuracies.mean(), 2), spread=round(accuracies.std(ddof=1), 2),
                          recovery=round(1 - ((clean - accuracies) / lost).mean(), 3) if lost.min() > 1 else None,
                          psnr=round(psnr(version, originals), 2), perceptual=round(distance, 4), evaluations=evaluations, seconds_1000=round(seconds, 2)))
+        looks[label] = (f"{label}: {rows[-1]['accuracy']:.1f}", [*version[chosen], *(0.5 + 16 * (version[chosen] - originals[chosen]))])
         print(f"{name}, {label}: {rows[-1]['accuracy']:.1f} +- {rows[-1]['spread']:.1f}", flush=True)
+    for question, counters in questions.items():
+        grid(e.run / f"ablation-{name}-{question}.png", [looks[label] for label in counters], margin=260)
     return dict(clean=round(clean.mean(), 2), rows=rows)
 
 
 def ablation(experiment, victims=3):
     """A table, ablation.json and ablation.png: for each countermeasure the accuracy, over `victims` seeds, and what it costs.
 
-    Questions about the sampler are asked of the first protection only.
+    Questions about the joint sampler are asked of the first protection only.
     """
     c, results = experiment.config, {}
     for name in c.ablate.split(","):
@@ -1092,17 +1152,16 @@ def bench(experiment, repeats=5):
     c, e = experiment.config, experiment
     images, labels = (part[:512] for part in e.sets["protected"])
     n, x, g, quiet = len(images), batch_of(images), torch.Generator().manual_seed(0), lambda *a, **k: None
-    net = UNet(c.unet_width, c.unet_mults, c.unet_blocks, c.unet_attention, c.unet_dropout, c.unet_patch, images.shape[-1]).to(DEVICE, memory_format=torch.channels_last)
-    net, distance = accelerated(net), perceptual.PerceptualDistance(perceptual.VGG(c.vgg_width, c.vgg_convs)).to(DEVICE, memory_format=torch.channels_last)
+    net, distance = accelerated(e.fresh_unet().to(DEVICE, memory_format=torch.channels_last)), perceptual.PerceptualDistance(perceptual.VGG(c.vgg_width, c.vgg_convs)).to(DEVICE, memory_format=torch.channels_last)
     surrogate, choose = e.learner("classifier", 0, labels, g)
     evaluations, noise = c.sampler.rounds * c.sampler.steps, torch.zeros_like(x)
 
     @torch.no_grad()
     def bare():
         for _ in range(evaluations):
-            for part in x.split(64):
+            for part in x.split(le.BATCH):
                 net(part, c.sampler.t_star)
-    steps = lambda: train_unet(net.train(), images, levels=c.unet_levels, steps=n // c.unet_batch, batch_size=c.unet_batch, lr=1e-4, ema_decay=c.unet_ema, seed=0,
+    steps = lambda: train_unet(net.train(), images, levels=c.unet_levels, steps=n // c.unet_batch, batch_size=c.unet_batch, lr=1e-4, muon=c.unet_muon, ema_decay=c.unet_ema, seed=0,
                                report=quiet, partial=e.run / "bench.partial")
     passes = lambda choose: min_min(choose[0], choose[1], x, torch.arange(n), noise, rounds=1, train_batches=1, generator=g)
     loops = {"network evaluation": (bare, n * evaluations), "purify": (lambda: le.purify(net.eval(), distance, images, c.sampler), n),
@@ -1176,7 +1235,7 @@ def parse(argv):
         config.evaluate = "validation"                     # what is chosen by looking must not be chosen on the test images
     for option in fields(Config):
         value, name = getattr(config, option.name), option.name
-        if option.type in (int, float) and name not in ("seed", "unet_dropout", "limit") and not value > 0:
+        if option.type in (int, float) and name not in ("seed", "unet_dropout", "unet_muon", "limit") and not value > 0:
             parser.error(f"--{name} {value}: expected a number above 0")
         if config.limit and (name in SETS or name.endswith(("_epochs", "_rounds", "_steps", "_batch"))):
             setattr(config, name, min(value, config.limit))
