@@ -1062,7 +1062,7 @@ def test_foreign_ues_reads_poisoned_images(tmp_path, owned, kind, of_all):
 
 def test_foreign_ues_says_what_does_not_fit(tmp_path, owned):
     _, args = owned
-    for given, message in ((torch.zeros(5, 3, 32, 32), r"5 of them; expected 6 \(the protected images\), 9 \(all images\) or 3"),
+    for given, message in ((torch.zeros(5, 3, 32, 32), r"5 of them; expected 6 \(the protected images\) or 9 \(all images\) or 3 \(classes\)"),
                            (torch.full((3, 3, 32, 32), 8.0), "up to 8; expected"), (torch.zeros(6, 3, 16, 16), r"\(6, 3, 16, 16\)"),
                            (torch.zeros(6, 3, 32, 32, dtype=torch.uint8), "torch.uint8"), ({"noise": torch.zeros(1)}, "holds a dict")):
         torch.save(given, tmp_path / "perturbation.pt")
@@ -1376,7 +1376,7 @@ def test_main_paper_runs_at_toy_size(tmp_path, monkeypatch, capsys):
 
 
 def test_main_ddpm_goes_on_from_a_checkpoint(tmp_path, capsys):
-    small = ["ddpm", *SMALL, "--unet_steps", "1", "--unet_lr", "1e-9"]
+    small = ["ddpm", *SMALL, "--unet_steps", "1", "--unet_muon", "0", "--unet_lr", "1e-9"]
     train.main([*small, "--seed", "1", "--out", str(tmp_path / "first")])
     train.main([*small, "--unet_start", str(tmp_path / "first" / "ddpm.pt"), "--out", str(tmp_path / "second")])
     first, second = (unet.load(tmp_path / name / "ddpm.pt").state_dict() for name in ("first", "second"))

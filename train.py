@@ -316,16 +316,17 @@ def foreign_ues(path, images, labels, classes, source):
     or .npz, uint8 (M, H, W, 3); or a folder of class folders with them, sorted by name as the originals are. M is the number of protected
     images, or of all there were (source, from `split_data`), or, for a perturbation, of classes. Raises BadInput with the numbers if not.
     """
-    path, (all_labels, places), n, perturbation = Path(path), source, len(images), False
+    path, (all_labels, places) = Path(path), source
+    own, every, one_each = (len(images), "the protected images", slice(None)), (len(all_labels), "all images", places), (len(classes), "classes", labels)
+    perturbation, choices = path.suffix == ".pt", [own, every]
     if path.is_dir():
-        sorted_images, found, _ = folder(path, images.shape[-1])
-        wanted = labels if len(found) == n else all_labels
+        given, found, _ = folder(path, images.shape[-1])
+        wanted = labels if len(found) == len(images) else all_labels
         if not torch.equal(found.bincount(), wanted.bincount()):
             raise BadInput(f"{path}: {found.bincount().tolist()} images in its class folders; expected {labels.bincount().tolist()} or {all_labels.bincount().tolist()}")
-        given = torch.empty_like(sorted_images)
-        given[wanted.argsort(stable=True)] = sorted_images
-    elif path.suffix == ".pt":
-        given, perturbation = unet.read(path), True
+        given = given[wanted.argsort(stable=True).argsort()]
+    elif perturbation:
+        given, choices = unet.read(path), [own, every, one_each]
         if not isinstance(given, torch.Tensor):
             raise BadInput(f"{path}: holds a {type(given).__name__}; expected a tensor")
         if not given.is_floating_point() or not given.abs().max() <= 1:
@@ -334,16 +335,10 @@ def foreign_ues(path, images, labels, classes, source):
         given, _ = le.read_array(path)
     if given.shape[1:] != images.shape[1:]:
         raise BadInput(f"{path}: {tuple(given.shape)}; expected images of {tuple(images.shape[1:])}")
-    if len(given) == n:
-        pass
-    elif len(given) == len(all_labels):
-        given = given[places]
-    elif perturbation and len(given) == len(classes):
-        given = given[labels]
-    else:
-        raise BadInput(f"{path}: {len(given)} of them; expected {n} (the protected images), {len(all_labels)} (all images)"
-                       + f" or {len(classes)} (classes)" * perturbation)
-    return publish(images, given.float()) if perturbation else given
+    place = next((place for count, _, place in choices if count == len(given)), None)
+    if place is None:
+        raise BadInput(f"{path}: {len(given)} of them; expected {' or '.join(f'{count} ({what})' for count, what, _ in choices)}")
+    return publish(images, given[place].float()) if perturbation else given[place]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -909,7 +904,7 @@ def confusion(e, path):
         net = e.victim("classifier", key, images)[0]
         counts = (n * y + answers(net, x)).bincount(minlength=n * n).view(n, n)
         matrices.append(0.94 + (blue - 0.94) * counts / counts.sum(1, keepdim=True).clamp_min(1))
-    grid(path, [(str(e.classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices]) for i in range(n)], ["clean", f"{name} UE", f"{name} LE"], zoom=24, gap=2)
+    grid(path, [(str(e.classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices]) for i in range(n)], ["clean", f"{name} UE", f"{name} LE"], zoom=24, gap=4)
 
 
 def run_all(experiment):
