@@ -1023,7 +1023,7 @@ def compare(e, name, questions, victims):
     chosen = first_of_each(labels, 6)
     spread = lambda what, images: np.array([e.score(kind, f"{what}-{k}", images, e.config.seed + k) for k in range(victims)])
     clean = spread("clean", originals)
-    for label, counter in {label: counter for counters in questions.values() for label, counter in counters.items()}.items():
+    for label, counter in dict(itertools.chain(*(counters.items() for counters in questions.values()))).items():
         evaluations, seconds = 0, 0.0
         if callable(counter):
             made = counter(ues, torch.Generator().manual_seed(e.config.seed))
@@ -1039,7 +1039,7 @@ def compare(e, name, questions, victims):
         rows.append(dict(countermeasure=label, accuracy=round(accuracies.mean(), 2), spread=round(accuracies.std(ddof=1), 2),
                          recovery=round(1 - ((clean - accuracies) / lost).mean(), 3) if lost.min() > 1 else None,
                          psnr=round(psnr(version, originals), 2), perceptual=round(distance, 4), evaluations=evaluations, seconds_1000=round(seconds, 2)))
-        looks[label] = (f"{label}: {rows[-1]['accuracy']:.1f}", [*version[chosen], *(0.5 + 16 * (version[chosen] - originals[chosen]))])
+        looks[label] = (f"{label}: {rows[-1]['accuracy']:.1f}", [*version[chosen], *(0.5 + 8 * (version[chosen] - originals[chosen]))])
         print(f"{name}, {label}: {rows[-1]['accuracy']:.1f} +- {rows[-1]['spread']:.1f}", flush=True)
     for question, counters in questions.items():
         grid(e.run / f"ablation-{name}-{question}.png", [looks[label] for label in counters], margin=260)
