@@ -95,7 +95,7 @@ class Config:
     unet_steps: int = 6200
     unet_batch: int = 16
     unet_lr: float = 4e-3             # of Adam
-    unet_muon: float = 0.02           # of Muon, which trains the convolutions; 0: Adam trains all
+    unet_muon: float = 0.02           # of Muon, which trains the 3x3 convolutions; 0: Adam trains all
     unet_ema: float = 0.999
     unet_start: str = ""              # a checkpoint, such as released weights, to go on from instead of a fresh U-Net
     # perceptual distance
@@ -505,10 +505,11 @@ def train_unet(net, images, *, levels, steps, batch_size, lr, muon, ema_decay, s
     """Train in place by Ho et al. 2020, Algorithm 1, on noise levels 1..levels; returns the EMA of the weights (a state dict).
 
     Every step of every process draws from its own seed, so a run resumed from `partial`, a file written every `checkpoint_seconds`, ends where an
-    uninterrupted one does. Muon trains the convolutions, Adam all else, or all if the rate `muon` is 0. Learning rates warm up over 100 steps
+    uninterrupted one does. Muon trains the 3x3 convolutions, Adam all else, or all if the rate `muon` is 0. Learning rates warm up over 100 steps
     and fall to zero along a half cosine.
     """
-    others, convolutions = ([w for w in net.parameters() if (muon > 0 and w.ndim == 4) == chosen] for chosen in (False, True))
+    by_muon = lambda w: muon > 0 and w.shape[2:] == (3, 3)
+    others, convolutions = ([w for w in net.parameters() if by_muon(w) == chosen] for chosen in (False, True))
     optimizers = {torch.optim.Adam(others, betas=(0.9, 0.99), fused=True): lr} | ({Muon(convolutions, muon): muon} if muon else {})
     ema, start = EMA(net, ema_decay), 0
     if partial.exists():
@@ -652,11 +653,15 @@ class Experiment:
         torch.manual_seed(c.seed)
         return UNet(c.unet_width, c.unet_mults, c.unet_blocks, c.unet_attention, c.unet_dropout, c.unet_patch, self.sets["unprotected"][0].shape[-1])
 
+    def unet_training(self):
+        """What `train_unet` is told of its training."""
+        c = self.config
+        return dict(levels=c.unet_levels, steps=c.unet_steps, batch_size=c.unet_batch, lr=c.unet_lr, muon=c.unet_muon, ema_decay=c.unet_ema, seed=c.seed)
+
     @cached_property
     def ddpm(self):
         """The U-Net, trained on the unprotected images only."""
-        c, (images, _) = self.config, self.sets["unprotected"]
-        training = dict(levels=c.unet_levels, steps=c.unet_steps, batch_size=c.unet_batch, lr=c.unet_lr, muon=c.unet_muon, ema_decay=c.unet_ema, seed=c.seed)
+        c, (images, _), training = self.config, self.sets["unprotected"], self.unet_training()
         net = given(unet.load, c.unet_start).requires_grad_(True) if c.unet_start else self.fresh_unet()
 
         def make(report, partial):
@@ -741,11 +746,11 @@ class Experiment:
         c = self.config
 
         def make(report, _):
-            seed, made = itertools.count(c.seed), []
+            made, seeds = [], itertools.count(c.seed)      # each pass has its own
             for _ in range(draws):
                 images = share(ues)
-                for sampler in samplers:
-                    images = le.purify(self.ddpm, self.vgg, images, sampler, share([seed_of(next(seed), place) for place in range(len(ues))]), report=report)
+                for sampler, seed in zip(samplers, seeds):
+                    images = le.purify(self.ddpm, self.vgg, images, sampler, share([seed_of(seed, place) for place in range(len(ues))]), report=report)
                 made.append(gathered(images, len(ues)))
             return dict(images=as_bytes(together(made)))
         return self.stage(name, make, [asdict(sampler) for sampler in samplers], draws, c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
@@ -1156,8 +1161,7 @@ def bench(experiment, repeats=5):
         for _ in range(evaluations):
             for part in x.split(le.BATCH):
                 net(part, c.sampler.t_star)
-    steps = lambda: train_unet(net.train(), images, levels=c.unet_levels, steps=n // c.unet_batch, batch_size=c.unet_batch, lr=1e-4, muon=c.unet_muon, ema_decay=c.unet_ema, seed=0,
-                               report=quiet, partial=e.run / "bench.partial")
+    steps = lambda: train_unet(net, images, **e.unet_training() | dict(steps=n // c.unet_batch), report=quiet, partial=e.run / "bench.partial")
     passes = lambda choose: min_min(choose[0], choose[1], x, torch.arange(n), noise, rounds=1, train_batches=1, generator=g)
     loops = {"network evaluation": (bare, n * evaluations), "purify": (lambda: le.purify(net.eval(), distance, images, c.sampler), n),
              "U-Net training": (steps, n // c.unet_batch * c.unet_batch), "error-minimizing noise, sample-wise": (lambda: passes((surrogate, choose)), n),
