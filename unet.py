@@ -22,12 +22,15 @@ BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # BETA[t - 1] is the 
 ALPHA_BAR = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETA).cumprod(0)])
 
 
-on_device = cache(ALPHA_BAR.to)                           # copied to a GPU once
+@cache
+def schedule(device, dtype):
+    """ALPHA_BAR, copied to a GPU once, and rounded before that: not every GPU knows float64."""
+    return ALPHA_BAR.to(dtype).to(device)
 
 
 def alpha_bar(t, like):
     """alpha_bar_t as a (B, 1, 1, 1) or (1, 1, 1, 1) tensor that multiplies images `like`; t is an int or a (B,) tensor in 0..T."""
-    return on_device(like.device)[t].to(like.dtype).reshape(-1, 1, 1, 1)
+    return schedule(like.device, like.dtype)[t].reshape(-1, 1, 1, 1)
 
 
 def sigma(t):
