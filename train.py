@@ -116,14 +116,15 @@ class Config:
 # What differs from the defaults above, which are for shapes: for photographs (cifar10 or a folder), and with --config
 PRESETS = {
     "photographs": dict(protected=6000, unprotected=5500, validation=500, test=2400, resnet_widths=(16, 32, 64, 128), classifier_epochs=30,
-                        simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_levels=250, unet_steps=10000, unet_muon=0.0, vgg_epochs=40,
-                        sampler=le.PHOTOGRAPHS),
+                        simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_levels=250, unet_steps=10000, unet_muon=0.0,
+                        vgg_epochs=40, sampler=le.PHOTOGRAPHS),
     # the papers' protocol: ResNet-18, M = 10 and K = 20 with steps of epsilon / 10, the U-Net of Ho et al., VGG-16
     "paper": dict(protected=40000, unprotected=9500, validation=500, test=10000, resnet_widths=(64, 64, 128, 256, 512), resnet_blocks=2,
                   resnet_strides=(1, 2, 2, 2), classifier_epochs=60, simclr_epochs=200, simclr_batch=512, noise_step=0.1,
                   em_sample_steps=20, em_sample_lr=0.1, cp_class_rounds=200, cp_sample_rounds=40, cp_sample_steps=5,
                   unet_width=128, unet_mults=(1, 2, 2, 2), unet_blocks=2, unet_attention=(16,), unet_dropout=0.1, unet_patch=1, unet_levels=1000,
-                  unet_steps=40000, unet_batch=128, unet_lr=2e-4, unet_muon=0.0, unet_ema=0.9999, vgg_weights="runs/vgg16-397923af.pth", lpips="runs/lpips-vgg.pth"),
+                  unet_steps=40000, unet_batch=128, unet_lr=2e-4, unet_muon=0.0, unet_ema=0.9999,
+                  vgg_weights="runs/vgg16-397923af.pth", lpips="runs/lpips-vgg.pth"),
 }
 
 # What a protection is made against, and who judges it: error-minimizing noise and contrastive poisoning
@@ -317,20 +318,21 @@ def foreign_ues(path, images, labels, classes, source):
     images, or of all there were (source, from `split_data`), or, for a perturbation, of classes. Raises BadInput with the numbers if not.
     """
     path, (all_labels, places) = Path(path), source
-    own, every, one_each = (len(images), "the protected images", slice(None)), (len(all_labels), "all images", places), (len(classes), "classes", labels)
-    perturbation, choices = path.suffix == ".pt", [own, every]
+    perturbation, choices = path.suffix == ".pt", [(len(images), "the protected images", slice(None)), (len(all_labels), "all images", places)]
     if path.is_dir():
         given, found, _ = folder(path, images.shape[-1])
         wanted = labels if len(found) == len(images) else all_labels
         if not torch.equal(found.bincount(), wanted.bincount()):
-            raise BadInput(f"{path}: {found.bincount().tolist()} images in its class folders; expected {labels.bincount().tolist()} or {all_labels.bincount().tolist()}")
+            found, these, those = (some.bincount().tolist() for some in (found, labels, all_labels))
+            raise BadInput(f"{path}: {found} images in its class folders; expected {these} or {those}")
         given = given[wanted.argsort(stable=True).argsort()]
     elif perturbation:
-        given, choices = unet.read(path), [own, every, one_each]
+        given, choices = unet.read(path), [*choices, (len(classes), "classes", labels)]
         if not isinstance(given, torch.Tensor):
             raise BadInput(f"{path}: holds a {type(given).__name__}; expected a tensor")
         if not given.is_floating_point() or not given.abs().max() <= 1:
-            raise BadInput(f"{path}: {given.dtype} up to {given.abs().max().item():.4g}; expected a perturbation of [0, 1] images in floats (8/255 = 0.0314)")
+            raise BadInput(f"{path}: {given.dtype} up to {given.abs().max().item():.4g}; "
+                           "expected a perturbation of [0, 1] images in floats (8/255 = 0.0314)")
     else:
         given, _ = le.read_array(path)
     if given.shape[1:] != images.shape[1:]:
@@ -698,7 +700,8 @@ class Experiment:
         c, (images, labels) = self.config, self.sets["protected"]
         if c.perturbation:
             ues = foreign_ues(c.perturbation, images, labels, self.classes, self.source)
-            print(f"{c.perturbation}: changes a channel by {255 * (ues - images).abs().max():.0f}/255 at most, {255 * (ues - images).abs().mean():.1f}/255 on average")
+            change = 255 * (ues - images).abs()
+            print(f"{c.perturbation}: changes a channel by {change.max():.0f}/255 at most, {change.mean():.1f}/255 on average")
             return {Path(c.perturbation).stem: ues}
         x, epsilon, ues = batch_of(images), c.epsilon / 255, {}
         for family in c.protections.split(","):
@@ -785,7 +788,10 @@ class Experiment:
         return accuracy(net, *clean) if kind == "classifier" else linear_probe(net.encoder, self.sets["unprotected"], clean)
 
     def victims(self, kinds=VICTIMS):
-        """The table: {"clean": of the classifier, "floor": linear probe of a fresh encoder, "rows": [{"protection", "clean", "ue", "le", "recovery", "psnr_ue", "psnr_le"}]}."""
+        """The table: {"clean": of the classifier, "floor": linear probe of a fresh encoder, "rows": [{...}]}.
+
+        A row has "protection", the accuracies "clean", "ue" and "le", "recovery", "psnr_ue" and "psnr_le".
+        """
         c, (images, labels), rows = self.config, self.sets["protected"], []
         for name, ues in self.protect.items():
             kind, les = judge_of(name, kinds), self.purify[name]
@@ -814,7 +820,8 @@ def table(results):
     """The results as a Markdown table; accuracies in percent on clean images."""
     lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---|---|---|---|---|---|---|"]
     for r in results["rows"]:
-        lines.append(f"| {r['protection']} | {r['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {decimal(r['recovery'])} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
+        lines.append(f"| {r['protection']} | {r['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} | {decimal(r['recovery'])} "
+                     f"| {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
     return "\n".join(lines)
 
 
@@ -892,11 +899,13 @@ def strip(e, path):
 
 def curves(e, path):
     """Loss of the classifiers at each epoch: on UEs it falls before there was time to learn a picture."""
-    runs = {"clean": e.sets["protected"][0]} | {f"{name}-{what}": images[name] for name in e.protect for what, images in (("ue", e.protect), ("le", e.purify))
-                                                if judge_of(name) == "classifier"}
-    losses = {name: e.victim("classifier", name, images)[1] for name, images in runs.items()}
-    plot(path, [(name, COLOURS[i % len(COLOURS)], True, [(k + 1, loss, "") for k, loss in enumerate(values)]) for i, (name, values) in enumerate(losses.items())],
-         "epoch", "training loss", 2.5)
+    runs, series = {"clean": e.sets["protected"][0]}, []
+    for name in e.protect:
+        if judge_of(name) == "classifier":
+            runs |= {f"{name}-ue": e.protect[name], f"{name}-le": e.purify[name]}
+    for colour, (name, images) in zip(itertools.cycle(COLOURS), runs.items()):
+        series.append((name, colour, True, [(epoch, loss, "") for epoch, loss in enumerate(e.victim("classifier", name, images)[1], 1)]))
+    plot(path, series, "epoch", "training loss", 2.5)
 
 
 def confusion(e, path):
@@ -909,7 +918,8 @@ def confusion(e, path):
         net = e.victim("classifier", key, images)[0]
         counts = (n * y + answers(net, x)).bincount(minlength=n * n).view(n, n)
         matrices.append(0.94 + (blue - 0.94) * counts / counts.sum(1, keepdim=True).clamp_min(1))
-    grid(path, [(str(e.classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices]) for i in range(n)], ["clean", f"{name} UE", f"{name} LE"], zoom=24, gap=4)
+    rows = [(str(e.classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices]) for i in range(n)]
+    grid(path, rows, ["clean", f"{name} UE", f"{name} LE"], zoom=24)
 
 
 def run_all(experiment):
@@ -1061,11 +1071,11 @@ def ablation(experiment, victims=3):
         results[name] = compare(experiment, name, countermeasures(c.sampler) | ({} if results else variations(c.sampler)), victims)
     (experiment.run / "ablation.json").write_text(json.dumps(dict(seed=c.seed, evaluate=c.evaluate, victims=victims, **results), indent=1) + "\n")
     for name, result in results.items():
-        print(f"\n{name}, {victims} victims, clean {result['clean']:.1f}\n\n| countermeasure | accuracy | recovery | PSNR | perceptual distance | evaluations | s / 1000 images |"
-              "\n|---|---|---|---|---|---|---|")
+        print(f"\n{name}, {victims} victims, clean {result['clean']:.1f}\n\n"
+              "| countermeasure | accuracy | recovery | PSNR | perceptual distance | evaluations | s / 1000 images |\n|---|---|---|---|---|---|---|")
         for r in result["rows"]:
-            print(f"| {r['countermeasure']} | {r['accuracy']:.1f} ± {r['spread']:.1f} | {decimal(r['recovery'])} | {r['psnr']:.1f} dB | {r['perceptual']:.3f} "
-                  f"| {r['evaluations']} | {r['seconds_1000']:.1f} |")
+            print(f"| {r['countermeasure']} | {r['accuracy']:.1f} ± {r['spread']:.1f} | {decimal(r['recovery'])} | {r['psnr']:.1f} dB "
+                  f"| {r['perceptual']:.3f} | {r['evaluations']} | {r['seconds_1000']:.1f} |")
     trade_off(results, experiment.run / "ablation.png")
 
 
@@ -1078,7 +1088,8 @@ def trade_off(results, path):
     """Accuracy against fidelity (PSNR) of every sampler; the joint one's, from no weight to four times ours, are joined by a line."""
     series, low = [], 100
     for colour, (name, result) in zip(COLOURS, results.items()):
-        points = {r["countermeasure"]: (r["psnr"], r["accuracy"], r["countermeasure"].removeprefix("joint, weights ")) for r in result["rows"] if r["evaluations"]}
+        samplers = {r["countermeasure"]: r for r in result["rows"] if r["evaluations"]}
+        points = {label: (r["psnr"], r["accuracy"], label.removeprefix("joint, weights ")) for label, r in samplers.items()}
         series += [(name, colour, True, [points[label] for label in CURVE if label in points]),
                    ("", colour, False, [point for label, point in points.items() if label not in CURVE and not label.startswith("joint, ")])]
         low = min([low, *(accuracy for _, accuracy, _ in points.values())])
@@ -1134,7 +1145,8 @@ def matrix_peak(repeats=5):
     n, kind = (8192, torch.bfloat16) if DEVICE == "cuda" else (1024, torch.float32)
     a, x, w = (torch.randn(shape, device=DEVICE, dtype=kind) for shape in ((n, n), (64, 256, 32, 32), (256, 256, 3, 3)))
     x, w = (images.contiguous(memory_format=torch.channels_last) for images in (x, w))
-    return max(work / min(seconds_of(loop) for _ in range(repeats)) for loop, work in ((lambda: a @ a, 2 * n ** 3), (lambda: F.conv2d(x, w, padding=1), 18 * 256 * x.numel())))
+    loops = (lambda: a @ a, 2 * n ** 3), (lambda: F.conv2d(x, w, padding=1), 18 * 256 * x.numel())
+    return max(work / min(seconds_of(loop) for _ in range(repeats)) for loop, work in loops)
 
 
 def seconds_of(loop):
@@ -1152,7 +1164,8 @@ def bench(experiment, repeats=5):
     c, e = experiment.config, experiment
     images, labels = (part[:512] for part in e.sets["protected"])
     n, x, g, quiet = len(images), batch_of(images), torch.Generator().manual_seed(0), lambda *a, **k: None
-    net, distance = accelerated(e.fresh_unet().to(DEVICE, memory_format=torch.channels_last)), perceptual.PerceptualDistance(perceptual.VGG(c.vgg_width, c.vgg_convs)).to(DEVICE, memory_format=torch.channels_last)
+    net = accelerated(e.fresh_unet().to(DEVICE, memory_format=torch.channels_last))
+    distance = perceptual.PerceptualDistance(perceptual.VGG(c.vgg_width, c.vgg_convs)).to(DEVICE, memory_format=torch.channels_last)
     surrogate, choose = e.learner("classifier", 0, labels, g)
     evaluations, noise = c.sampler.rounds * c.sampler.steps, torch.zeros_like(x)
 
@@ -1176,7 +1189,8 @@ def bench(experiment, repeats=5):
         for name, (loop, _) in loops.items():
             times[name].append(seconds_of(loop))
     for name, (_, count) in loops.items():
-        print(f"{name:<36} {count / np.median(times[name]):8.0f} images/s {100 * work[name] / np.median(times[name]) / peak:5.1f} % of {peak / 1e12:.3g} TFLOP/s")
+        seconds = np.median(times[name])
+        print(f"{name:<36} {count / seconds:8.0f} images/s {100 * work[name] / seconds / peak:5.1f} % of {peak / 1e12:.3g} TFLOP/s")
     ratio = np.median(np.array(times["purify"]) / np.array(times["network evaluation"]))
     print(f"purification takes {ratio:.2f} times its {evaluations} network evaluations")
 
@@ -1257,8 +1271,9 @@ def parse(argv):
 
 def main(argv=None):
     stage, wanted, config = parse(sys.argv[1:] if argv is None else argv)
-    resolved = asdict(config) | asdict(config.sampler) | dict(device=DEVICE)
-    print(textwrap.fill(" ".join(f"{name}={str(value).replace(' ', '')}" for name, value in resolved.items() if name != "sampler"), 120, break_on_hyphens=False))
+    resolved = asdict(config)
+    resolved |= resolved.pop("sampler") | dict(device=DEVICE)
+    print(textwrap.fill(" ".join(f"{name}={str(value).replace(' ', '')}" for name, value in resolved.items()), 120, break_on_hyphens=False))
     with joined(), explained("train.py"):
         if wanted and RANK == 0:
             if config.data == "cifar10" and not Path(config.root).exists():
