@@ -1226,8 +1226,10 @@ def test_main_sweep_shows_what_a_setting_does(tmp_path, capsys):
 def test_main_bench_prints_rates_and_the_cost_of_guidance(tmp_path, capsys):
     train.main(["bench", *SMALL, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    shares = re.findall(r"images/s +([\d.]+) % of", said)
-    assert len(shares) == 6 and all(0 < float(share) < 100 for share in shares) and "times its 8 network evaluations" in said
+    work, shares = np.array(re.findall(r"images/s of +([\d.]+) GFLOP, +([\d.]+) % of", said), float).T
+    assert len(shares) == 6 and (0 < shares).all() and (shares < 100).all() and "times its 8 network evaluations" in said
+    evaluation, purification, training = work[:3]          # a step of training is a pass forward and one back, twice as long
+    assert purification > 8 * evaluation and math.isclose(training, 3 * evaluation, rel_tol=0.1)
 
 
 def test_countermeasures_without_a_network():

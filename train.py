@@ -1160,7 +1160,7 @@ def seconds_of(loop):
 
 
 def bench(experiment, repeats=5):
-    """Images a second of each inner loop, its share of the machine's matrix peak, and what purification costs over its network evaluations."""
+    """Images a second of each inner loop, the work in each, its share of the machine's matrix peak, and what purification costs over its network evaluations."""
     c, e = experiment.config, experiment
     images, labels = (part[:512] for part in e.sets["protected"])
     n, x, g, quiet = len(images), batch_of(images), torch.Generator().manual_seed(0), lambda *a, **k: None
@@ -1190,7 +1190,8 @@ def bench(experiment, repeats=5):
             times[name].append(seconds_of(loop))
     for name, (_, count) in loops.items():
         seconds = np.median(times[name])
-        print(f"{name:<36} {count / seconds:8.0f} images/s {100 * work[name] / seconds / peak:5.1f} % of {peak / 1e12:.3g} TFLOP/s")
+        print(f"{name:<36} {count / seconds:8.0f} images/s of {work[name] / count / 1e9:6.3g} GFLOP, "
+              f"{100 * work[name] / seconds / peak:4.1f} % of {peak / 1e12:.3g} TFLOP/s")
     ratio = np.median(np.array(times["purify"]) / np.array(times["network evaluation"]))
     print(f"purification takes {ratio:.2f} times its {evaluations} network evaluations")
 
