@@ -116,8 +116,8 @@ class Config:
 # What differs from the defaults above, which are for shapes: for photographs (cifar10 or a folder), and with --config
 PRESETS = {
     "photographs": dict(protected=6000, unprotected=5500, validation=500, test=2400, resnet_widths=(16, 32, 64, 128), classifier_epochs=30,
-                        simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_levels=250, unet_steps=10000, unet_muon=0.0,
-                        vgg_epochs=40, sampler=le.PHOTOGRAPHS),
+                        simclr_view="simclr", em_class_rounds=24, em_sample_rounds=12, unet_width=48, unet_levels=250, unet_steps=8500, vgg_epochs=40,
+                        sampler=le.PHOTOGRAPHS),
     # the papers' protocol: ResNet-18, M = 10 and K = 20 with steps of epsilon / 10, the U-Net of Ho et al., VGG-16
     "paper": dict(protected=40000, unprotected=9500, validation=500, test=10000, resnet_widths=(64, 64, 128, 256, 512), resnet_blocks=2,
                   resnet_strides=(1, 2, 2, 2), classifier_epochs=60, simclr_epochs=200, simclr_batch=512, noise_step=0.1,
