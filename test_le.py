@@ -1165,6 +1165,12 @@ def test_Experiment_purified_gives_each_pass_a_seed_as_purify_does(tmp_path):
     assert torch.equal(train.as_float(made), purify(e.ddpm, e.vgg, one(0), sampler, 1))
 
 
+def test_Experiment_purified_makes_a_perceptual_distance_only_where_the_sampler_looks_at_it(tmp_path):
+    _, _, config = train.parse(["purify", *SMALL, "--unet_steps", "1", "--protected", "4", "--preset", "photographs", "--unet_levels", "200", "--out", str(tmp_path / "run")])
+    train.Experiment(config).purified("grey", images(4), config.sampler)
+    assert not (tmp_path / "run" / "vgg.pt").exists() and (tmp_path / "run" / "grey.pt").exists()
+
+
 def test_main_ddpm_prints_how_well_it_denoises(tmp_path, capsys):
     train.main(["ddpm", *SMALL, "--unet_steps", "1", "--unet_lr", "1e-9", "--t_star", "36", "--steps", "2", "--out", str(tmp_path / "run")])
     said = dict((int(t), float(value)) for value, t in re.findall(r"([\d.]+) from t = (\d+)", capsys.readouterr().out))

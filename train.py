@@ -690,6 +690,10 @@ class Experiment:
         self.stage("vgg", make, settings, training, c.seed, images, labels, perceptual, fit, classify, crop_flip)
         return perceptual.load(self.run / "vgg.pt", device=DEVICE).to(memory_format=torch.channels_last)
 
+    def distance(self, *samplers):
+        """The perceptual distance, if one of the samplers looks at it; the setting for photographs does not."""
+        return self.vgg if any(sampler.perceptual_weight for sampler in samplers) else None
+
     @cached_property
     def protect(self):
         """{protection: unlearnable examples (N, 3, H, W)} of the protected images.
@@ -746,18 +750,18 @@ class Experiment:
 
     def purified(self, name, ues, *samplers, draws=1, together=lambda made: made[0]):
         """The stage of learnable examples made from UEs (N, 3, H, W) by one sampler after the other: what `together` makes of the list of `draws` such."""
-        c = self.config
+        c, distance = self.config, self.distance(*samplers)
 
         def make(report, _):
             made, seeds = [], itertools.count(c.seed)      # each pass has its own
             for _ in range(draws):
                 images = share(ues)
                 for sampler, seed in zip(samplers, seeds):
-                    images = le.purify(self.ddpm, self.vgg, images, sampler, share([seed_of(seed, place) for place in range(len(ues))]), report=report)
+                    images = le.purify(self.ddpm, distance, images, sampler, share([seed_of(seed, place) for place in range(len(ues))]), report=report)
                 made.append(gathered(images, len(ues)))
             return dict(images=as_bytes(together(made)))
-        return self.stage(name, make, [asdict(sampler) for sampler in samplers], draws, c.seed, ues, self.ddpm.state_dict(), self.vgg.state_dict(),
-                          unet, perceptual, le.seen, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify)
+        return self.stage(name, make, [asdict(sampler) for sampler in samplers], draws, c.seed, ues, self.ddpm.state_dict(),
+                          distance and distance.state_dict(), unet, perceptual, le.seen, le.guidance, le.joint_conditioned_mean, le.denoise, le.purify)
 
     def victim(self, kind, name, images, seed=None):
         """A victim of this kind, trained on `images` in place of the protected ones, and the loss of each epoch.
@@ -891,7 +895,7 @@ def strip(e, path):
     for name, ues in e.protect.items():
         seen = []
         hook = e.ddpm.register_forward_pre_hook(lambda net, args: seen.append(args[0][0].cpu() / 2 + 0.5))
-        made = le.purify(e.ddpm, e.vgg, ues[n:n + 1], c.sampler, seed=c.seed)
+        made = le.purify(e.ddpm, e.distance(c.sampler), ues[n:n + 1], c.sampler, seed=c.seed)
         hook.remove()
         rows.append((name, [e.sets["protected"][0][n], ues[n], *seen[-c.sampler.steps:], made[0]]))
     grid(path, rows, ["original", "UE", *(f"t = {t}" for t in unet.levels(c.sampler.t_star, c.sampler.steps)[:-1]), "LE"])
