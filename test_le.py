@@ -1376,6 +1376,12 @@ def test_parse_lets_options_override_the_preset_of_the_data():
     assert train.parse(["--data", "a folder"])[2].sampler == le.sampler_from(dict(preset="photographs")) == le.PHOTOGRAPHS
 
 
+def test_parse_takes_a_default_spelled_out_for_the_default():
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value if isinstance(value, str) else f"{value:g}"
+    spelled = [f"--{name}={text(value)}" for name, value in vars(train.Config()).items() if name != "sampler"]
+    assert repr(train.parse(spelled)[2]) == repr(train.Config())  # 8 and 8.0 would be two stages
+
+
 def test_parse_config_paper_is_the_papers_protocol():
     c = train.parse(["--data", "cifar10", "--config", "paper", "--limit", "2"])[2]
     with torch.device("meta"):

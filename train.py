@@ -74,7 +74,7 @@ class Config:
     # protection
     protections: str = "em,cp"        # error-minimizing noise, contrastive poisoning
     perturbation: str = ""            # somebody else's in place of ours: perturbation.pt, .npy, .npz or a folder (see foreign_ues)
-    epsilon: float = 8                # largest change of a channel, of 255
+    epsilon: float = 8.0              # largest change of a channel, of 255
     noise_step: float = 0.2           # size of a step of the noise, of epsilon
     em_class_rounds: int = 40         # rounds of class-wise noise, of 10 training and 10 noise batches
     em_sample_rounds: int = 10        # rounds of sample-wise noise, of 10 training batches and all images
