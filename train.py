@@ -852,7 +852,7 @@ def plot(path, series, x_label, y_label, y_top, y_low=0, size=(900, 520)):
     """A picture of series (name, colour, joined by a line?, [(x, y, text), ...]), y from y_low to y_top."""
     canvas, left, right, bottom = Image.new("RGB", size, "white"), 50, size[0] - 150, size[1] - 50
     draw, xs = ImageDraw.Draw(canvas), [x for _, _, _, points in series for x, _, _ in points]
-    low, high = min(xs), max(max(xs), min(xs) + 1)
+    low, high, labels = min(xs), max(max(xs), min(xs) + 1), []
     place = lambda x, y: (left + (x - low) / (high - low) * (right - left), bottom - (min(y, y_top) - y_low) / (y_top - y_low) * (bottom - 30))
     for i in range(6):
         x, y = low + (high - low) * i / 5, y_low + (y_top - y_low) * i / 5
@@ -868,7 +868,11 @@ def plot(path, series, x_label, y_label, y_top, y_low=0, size=(900, 520)):
         for x, y, text in points:
             x, y = place(x, y)
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-            draw.text((x + 7, y - 6), text, fill=colour)
+            box = np.array([x + 7, y - 6, x + 7 + draw.textlength(text), y + 6])
+            while text and any((box[:2] < other[2:]).all() and (other[:2] < box[2:]).all() for other in labels):
+                box += (0, 12, 0, 12)                      # below the label that is there already
+            labels.append(box)
+            draw.text(tuple(box[:2]), text, fill=colour)
     canvas.save(path)
 
 
