@@ -19,34 +19,39 @@ import torch.nn.functional as F
 
 EPSILON = 8 / 255
 
-# --------------------------------------------------------------------------------------------------
-# Views: place. Crops, resizes and flips pick and blend rows and columns, so each is a pair of
-# matrices: view = rows @ image @ columns^T. That is differentiable, and zero outside the image.
+# -- Views: place ----------------------------------------------------------------------------------
+# Crops, resizes and flips pick and blend rows and columns, so each is a pair of matrices: view =
+# rows @ image @ columns^T. That is differentiable, and zero outside the image.
 
 def resample(x, rows, columns):
     """rows (B, h, H) and columns (B, w, W) applied to images (B, C, H, W) -> (B, C, h, w)."""
     return rows[:, None] @ x @ columns[:, None].mT
 
 
-def window(start, length, n, generator=None):
-    """Matrices (B, length, n) that cut `length` of n pixels from start (B,); with a generator,
-    half of them in reverse order: a random flip."""
-    pixels = torch.arange(length).repeat(len(start), 1)
-    if generator:
-        flipped = torch.rand(len(start), 1, generator=generator) < 0.5
-        pixels = torch.where(flipped, pixels.flip(1), pixels)
-    return (pixels + start[:, None])[:, :, None] == torch.arange(n)
+def bilinear(start, length, n_in, n_out):
+    """Matrices (B, n_out, n_in) that stretch pixels start (B,) .. start + length over n_out pixels,
+    as Pillow's BILINEAR: by triangles as wide as two pixels of the input, or of a smaller output.
+    Where start is whole and length is n_out, they cut a window."""
+    scale = torch.as_tensor(length / n_out).view(-1, 1, 1)
+    centre = start.view(-1, 1, 1) + (torch.arange(n_out)[:, None] + 0.5) * scale
+    distance = (torch.arange(n_in) + 0.5 - centre).abs()
+    weight = (1 - distance / scale.clamp_min(1)).clamp_min(0)
+    return weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
+
+
+def flip_half(columns, generator):
+    """The matrices, half of them with their rows in reverse order: a random horizontal flip."""
+    flipped = torch.rand(len(columns), 1, 1, generator=generator) < 0.5
+    return torch.where(flipped, columns.flip(1), columns)
 
 
 def crop_flip(x, generator, pad=4):
-    """Random crop of the zero-padded image and random horizontal flip: (B, C, H, W) -> same.
-
-    What nearly every CIFAR classifier does.
-    """
+    """Random crop of the zero-padded image and random flip, as in nearly every CIFAR classifier:
+    (B, C, H, W) -> same."""
     n, _, h, w = x.shape
     top, left = torch.randint(-pad, pad + 1, (2, n), generator=generator)
-    columns = window(left, w, w, generator)
-    return resample(x, window(top, h, h).to(x), columns.to(x))
+    columns = flip_half(bilinear(left, w, w, w), generator)
+    return resample(x, bilinear(top, h, h, h).to(x), columns.to(x))
 
 
 def quadrant_view(x, generator, jitter=2):
@@ -60,22 +65,9 @@ def quadrant_view(x, generator, jitter=2):
     moves = torch.randint(-jitter, jitter + 1, (2, n), generator=generator)
     top = (down * (h // 2) + moves[0]).clamp(0, h - h // 2)
     left = (right * (w // 2) + moves[1]).clamp(0, w - w // 2)
-    columns = window(left, w // 2, w, generator)
-    view = resample(x, window(top, h // 2, h).to(x), columns.to(x))
+    columns = flip_half(bilinear(left, w // 2, w, w // 2), generator)
+    view = resample(x, bilinear(top, h // 2, h, h // 2).to(x), columns.to(x))
     return view - view.mean((2, 3), keepdim=True) + 0.5
-
-
-def bilinear(start, length, n_in, n_out):
-    """Matrices (B, n_out, n_in) that stretch pixels start .. start + length, both (B,), over n_out.
-
-    As Pillow's BILINEAR: a triangle as wide as two input pixels, or two output pixels where it
-    shrinks, around the centre of each output pixel.
-    """
-    scale = (length / n_out).view(-1, 1, 1)
-    centre = start.view(-1, 1, 1) + (torch.arange(n_out)[:, None] + 0.5) * scale
-    distance = (torch.arange(n_in) + 0.5 - centre).abs()
-    weight = (1 - distance / scale.clamp_min(1)).clamp_min(0)
-    return weight / weight.sum(-1, keepdim=True)
 
 
 def random_resized_crop(x, generator, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -90,14 +82,12 @@ def random_resized_crop(x, generator, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 
     height = (area / aspect).sqrt().clamp_max(h)
     width = (area * aspect).sqrt().clamp_max(w)
     rows = bilinear(top * (h - height), height, h, size)
-    columns = bilinear(left * (w - width), width, w, size)
-    flipped = torch.rand(n, 1, 1, generator=generator) < 0.5
-    columns = torch.where(flipped, columns.flip(1), columns)
+    columns = flip_half(bilinear(left * (w - width), width, w, size), generator)
     return resample(x, rows.to(x), columns.to(x))
 
 
-# --------------------------------------------------------------------------------------------------
-# Views: colour. Factors are (B, 1, 1, 1); what leaves [0, 1] is clipped, as in Pillow.
+# -- Views: colour ---------------------------------------------------------------------------------
+# Factors are (B, 1, 1, 1); what leaves [0, 1] is clipped, as in Pillow.
 
 def blend(x, other, factor):
     """`other` at factor 0, x at 1, beyond x above."""
@@ -136,10 +126,8 @@ def hue(x, shift):
 
 
 def colour_jitter(x, generator, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
-    """Brightness, contrast, saturation times 1 +- strength and hue turned by it, for p of the images.
-
-    In an order that is new for each batch.
-    """
+    """Brightness, contrast, saturation times 1 +- strength and hue turned by it, for p of the images,
+    in an order that is new for each batch."""
     used = torch.rand(len(x), 1, 1, 1, generator=generator) < p
     changes = 2 * torch.rand(4, len(x), 1, 1, 1, generator=generator) - 1
     steps = (brightness, contrast, saturation, hue)
@@ -165,9 +153,9 @@ def simclr_view(x, generator):
 VIEWS = {"quadrant": quadrant_view, "simclr": simclr_view}
 
 
-# --------------------------------------------------------------------------------------------------
-# What a victim learns. Both losses are the cross-entropy of a choice, so each is a function
-# (net, images, labels, generator) -> scores (M, choices) and the right answers (M,).
+# -- What a victim learns --------------------------------------------------------------------------
+# Both losses are the cross-entropy of a choice, so each is a function (net, images, labels,
+# generator) -> scores (M, choices) and the right answers (M,).
 
 def class_scores(net, x, labels, generator):
     """Which class? The choice that a classifier learns, and error-minimizing noise makes easy."""
@@ -181,7 +169,7 @@ def nt_xent_scores(z, temperature=0.5):
     (2B, 2B), cosines over the temperature with a view's own at -inf, and the index of each view's
     partner (2B,). The mean cross-entropy of the two is NT-Xent (Chen et al. 2020).
     """
-    z = F.normalize(z.float(), dim=1)
+    z = F.normalize(z, dim=1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
     scores = (z @ z.T / temperature).masked_fill(own, -math.inf)
     return scores, torch.arange(len(z), device=z.device).roll(len(z) // 2)
@@ -200,16 +188,13 @@ class Victim:
     scores_and_answers: Callable   # what it learns: class_scores or partner_scores
 
 
-# --------------------------------------------------------------------------------------------------
-# Protections: a function (images (N, 3, H, W) in [0, 1], labels (N,), victim, *, epsilon, seed,
-# report, ...) -> unlearnable examples of the same shape.
+# -- Protections -----------------------------------------------------------------------------------
+# A function (images (N, 3, H, W) in [0, 1], labels (N,), victim, *, epsilon, seed, report, ...)
+# -> unlearnable examples of the same shape.
 
 def publish(images, perturbation):
-    """The unlearnable examples: images + perturbation, clipped to [0, 1] and rounded to 8 bits.
-
-    Rounding cannot push a pixel further than epsilon from an 8-bit original when epsilon is a
-    multiple of 1/255.
-    """
+    """The unlearnable examples: images + perturbation, clipped to [0, 1] and rounded to 8 bits,
+    which cannot push a pixel beyond an epsilon that is a multiple of 1/255."""
     return (images + perturbation).clamp(0, 1).mul(255).round().div(255)
 
 
@@ -263,7 +248,7 @@ def min_min(images, labels, victim, *, class_wise=False, start=None, surrogates=
                    epochs, so the noise must be read by a young network before the picture is
     rounds         of each surrogate: `train_batches` that train it, then `noise_batches` (default:
                    all images) with `noise_steps` steps on each, its weights frozen
-    step           of the noise, in epsilons
+    step           of the noise at first, in epsilons; it falls to 0
     momentum       of its gradient, normalised (Dong et al. 2018): one crop's is mostly noise
     batch_size     in a large batch many images of a class add up their gradients
     warm_up        more training batches for a surrogate before its first noise step
@@ -278,25 +263,27 @@ def min_min(images, labels, victim, *, class_wise=False, start=None, surrogates=
         perturbation[rows] = start - images
     velocity = torch.zeros_like(perturbation)
     training = batches(len(images), batch_size, generator)
-    for k in range(surrogates):
-        net = victim.network(seed + 1000 + k)              # not the victim's initialisation
-        optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-        for done in range(1, rounds + 1):
-            stream = islice(training, train_batches + (warm_up if done == 1 else 0))
-            accuracy = train_surrogate(net, victim, images, labels, perturbation, rows, stream,
-                                       optimizer, generator)
-            noise = batches(len(images), batch_size, generator)
-            for b in islice(noise, noise_batches or math.ceil(len(images) / batch_size)):
-                used, wearer = rows[b].unique(return_inverse=True)
-                for _ in range(noise_steps):
-                    gradient = noise_gradient(net, victim, images[b], labels[b],
-                                              perturbation[used], wearer, generator)
-                    size = gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
-                    velocity[used] = momentum * velocity[used] + gradient / size
-                    perturbation[used] = noise_step(perturbation[used], velocity[used],
-                                                    step * epsilon, epsilon)
-            if report:
-                report(k * rounds + done, surrogates * rounds, accuracy=accuracy)
+    every = math.ceil(len(images) / batch_size)
+    total = surrogates * rounds
+    for done in range(total):
+        stream = islice(training, train_batches)
+        if done % rounds == 0:                             # a surrogate starts afresh
+            net = victim.network(seed + 1000 + done)       # not the victim's initialisation
+            optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+            stream = islice(training, warm_up + train_batches)
+        accuracy = train_surrogate(net, victim, images, labels, perturbation, rows, stream,
+                                   optimizer, generator)
+        size = step * epsilon * (1 - done / total)
+        for b in islice(batches(len(images), batch_size, generator), noise_batches or every):
+            used, wearer = rows[b].unique(return_inverse=True)
+            for _ in range(noise_steps):
+                gradient = noise_gradient(net, victim, images[b], labels[b], perturbation[used],
+                                          wearer, generator)
+                length = gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
+                velocity[used] = momentum * velocity[used] + gradient / length
+                perturbation[used] = noise_step(perturbation[used], velocity[used], size, epsilon)
+        if report:
+            report(done + 1, total, accuracy=accuracy)
     return publish(images, perturbation[rows])
 
 
@@ -315,7 +302,7 @@ PROTECTIONS = {
     "em-sample": Protection(min_min, start="em-class", settings=dict(noise_steps=2, lr=0.2,
                                                                       warm_up=200)),
     "cp-class": Protection(min_min, "simclr", settings=dict(
-        class_wise=True, surrogates=8, rounds=12, train_batches=20, noise_batches=10, step=0.1,
-        batch_size=256)),
+        class_wise=True, surrogates=7, rounds=10, train_batches=16, noise_batches=8, step=0.15,
+        batch_size=384)),
     "cp-sample": Protection(min_min, "simclr", start="cp-class", settings=dict(
         surrogates=3, rounds=5, train_batches=30, noise_steps=2, batch_size=256))}

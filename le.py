@@ -6,7 +6,7 @@ only unprotected images. Two conditions pull every reverse step back towards the
 picture survives and the protection does not: pixel distance, then perceptual distance.
 
 Reading order: Sampler -> purify -> denoise -> guidance -> joint_conditioned_mean. Below them is what
-every command needs. `train.py` tells the story, `python -m studies.purify` purifies your images.
+every command needs. `train.py` tells the story, `python -m studies.purify` takes your images.
 """
 import argparse
 import math
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 
-from unet import posterior, predict_x0, q_sample, sigma, visited_levels
+from unet import BadInput, posterior, predict_x0, q_sample, sigma, visited_levels
 
 DEVICE = ("cuda" if torch.cuda.is_available() else
           "mps" if torch.backends.mps.is_available() else "cpu")
@@ -43,13 +43,13 @@ class Sampler:
     compare: str = "colour"        # what both distances see: colour, or grey (the channels' mean)
 
     def __post_init__(self):
-        visited_levels(self.t_star, self.steps)            # raises ValueError if they cannot be
+        visited_levels(self.t_star, self.steps)            # raises BadInput if they cannot be
         if self.target not in ("x0", "xt") or self.compare not in ("colour", "grey"):
-            raise ValueError(f"target {self.target}, compare {self.compare}: expected x0 or xt, "
+            raise BadInput(f"target {self.target}, compare {self.compare}: expected x0 or xt, "
                              "and colour or grey")
         weights = (self.pixel_weight, self.perceptual_weight)
         if self.rounds < 1 or not all(0 <= w < math.inf for w in weights):
-            raise ValueError(f"rounds {self.rounds}, weights {weights}: expected 1 or more rounds, "
+            raise BadInput(f"rounds {self.rounds}, weights {weights}: expected 1 or more rounds, "
                              "and finite weights that are not negative")
 
 
@@ -156,13 +156,13 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
     net predicts the noise in images in [-1, 1]; distance is a PerceptualDistance, or None where
     its weight is 0. seeds (N,) ints, default 0..N-1, are those of each image's own noise, so LEs do
     not depend on batch_size. report(done, total) is called after each batch.
-    Raises ValueError if the images are not in [0, 1], if the U-Net cannot take their size or has
+    Raises BadInput if the images are not in [0, 1], if the U-Net cannot take their size or has
     not learned level t_star, or if what comes out is not finite.
     """
     if sampler.t_star > net.max_level:
-        raise ValueError(f"t_star {sampler.t_star}: this U-Net knows levels up to {net.max_level}")
+        raise BadInput(f"t_star {sampler.t_star}: this U-Net knows levels up to {net.max_level}")
     if len(images) and not 0 <= images.min() <= images.max() <= 1:
-        raise ValueError(f"need images in [0, 1], not {images.min():.3f} to {images.max():.3f}")
+        raise BadInput(f"need images in [0, 1], not {images.min():.3f} to {images.max():.3f}")
     device = next(net.parameters()).device
     out = torch.empty_like(images)
     for i in range(0, len(images), batch_size):
@@ -174,7 +174,7 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
             return torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(device)
         le = denoise(net, distance, ue, sampler, draw)
         if not le.isfinite().all():
-            raise ValueError("the sampled images are not finite")
+            raise BadInput("the sampled images are not finite")
         out[i:i + len(ue)] = as_float(as_bytes(le / 2 + 0.5))
         if report:
             report(i + len(ue), len(images))
@@ -209,14 +209,8 @@ def processes():
             dist.destroy_process_group()
 
 
-def barrier():
-    """Go on when all processes are here."""
-    if PROCESSES > 1:
-        dist.barrier()
-
-
 def summed(part):
-    """The sum of all processes' tensors."""
+    """The sum of all processes' tensors, when all of them are here."""
     if PROCESSES > 1:
         dist.all_reduce(part)
     return part
@@ -240,13 +234,10 @@ def as_float(images):
     return images.float().div(255)
 
 
-class BadInput(Exception):
-    """Something the user gave cannot be used; the message is one line."""
-
-
 @contextmanager
 def one_line_errors(program):
     """Within, what a user can mend ends the program with one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")      # a terminal need not know every letter
     try:
         yield
     except (BadInput, OSError) as error:
@@ -286,33 +277,29 @@ class Progress:
 
 
 def download(address, path):
-    """Fetch (url, sha256) to a path that is not there yet, keeping nothing if the hash is wrong."""
+    """Fetch (url, sha256) to a path, if one is given and nothing is there; a wrong hash keeps none."""
+    if not path or Path(path).exists():
+        return
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if not Path(path).exists():
-            torch.hub.download_url_to_file(address[0], str(path), hash_prefix=address[1])
+        torch.hub.download_url_to_file(address[0], str(path), hash_prefix=address[1])
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{address[0]}: {error}; fetch it elsewhere and put it at {path}") from None
 
 
-def load(reader, *files):
-    """A network on the device, by the reader of its module; what is wrong with it is BadInput."""
-    try:
-        return on_device(reader(*files))
-    except ValueError as error:
-        raise BadInput(error) from None
-
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_image(path):
     """The image in a file, upright (EXIF), in mode RGB, RGBA, L or LA; the first of several frames.
 
-    Raises BadInput if it cannot be read whole, is far too large, or has more than 8 bits a channel.
+    Raises BadInput if it cannot be read whole, is far too large, or has other than 8 bits a channel.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        image = Image.open(path)
+        if ";16" in str(image.tile):                       # Pillow would cut an RGB one to 8
+            raise ValueError("16 bits a channel, expected 8")
+        image = ImageOps.exif_transpose(image)
         if image.mode == "P" or "transparency" in image.info:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except Exception as error:                             # decoders raise whatever they like
@@ -331,6 +318,3 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-
-if __name__ == "__main__":
-    sys.exit("le.py is the method; python -m studies.purify IN OUT purifies images of your own")

@@ -7,7 +7,7 @@ Images here are in [0, 1], (B, 3, H, W).
 import torch
 from torch import nn
 
-from unet import fit_weights, read
+from unet import BadInput, fit_weights, read
 
 MEAN = (0.485, 0.456, 0.406)                               # ImageNet's, which VGG weights expect
 STD = (0.229, 0.224, 0.225)
@@ -71,7 +71,7 @@ class PerceptualDistance(nn.Module):
         weights = weights or [torch.ones(c) for c in channels]
         self.weights = nn.ParameterList(weights).requires_grad_(False)
         if [len(w) for w in weights] != channels or any((w < 0).any() for w in weights):
-            raise ValueError(f"need non-negative weights for {channels} channels, "
+            raise BadInput(f"need non-negative weights for {channels} channels, "
                              f"got {[len(w) for w in weights]}")
 
     def embed(self, x):
@@ -98,28 +98,28 @@ LPIPS = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/maste
          "v0.1/vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
 
 
-def load(path, lpips=None, device="cpu"):
+def load(path, lpips=None):
     """The distance over the VGG in a checkpoint of `train.py`, or in torchvision's vgg16.
 
     `lpips` is a file with LPIPS's linear layers, version 0.1; without it every channel counts the
-    same. Raises ValueError if a file is something else, naming the first key that differs.
+    same. Raises BadInput if a file is something else, naming the first key that differs.
     """
     checkpoint = read(path)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a VGG's weights")
+        raise BadInput(f"{path}: holds a {type(checkpoint).__name__}, expected a VGG's weights")
     try:
         vgg = VGG(**checkpoint.get("config", {}))
     except Exception as error:                             # whatever a stranger's values lead to
-        raise ValueError(f"{path}: not the configuration of a VGG ({error})") from None
+        raise BadInput(f"{path}: not the configuration of a VGG ({error})") from None
     weights = checkpoint.get("weights", checkpoint)
     if "config" not in checkpoint:                         # the distance needs no class scores
         vgg.classifier = nn.Identity()
         weights = {k: w for k, w in weights.items() if not str(k).startswith("classifier.")}
     fit_weights(path, vgg, weights)
-    if lpips is None:
-        return PerceptualDistance(vgg).to(device)
+    if not lpips:
+        return PerceptualDistance(vgg)
     layers = read(lpips)
     names = [f"lin{i}.model.1.weight" for i in range(5)]
     if not isinstance(layers, dict) or not set(names) <= set(layers):
-        raise ValueError(f"{lpips}: not LPIPS's linear layers; expected {names[0]} to {names[-1]}")
-    return PerceptualDistance(vgg, [layers[name].flatten() for name in names]).to(device)
+        raise BadInput(f"{lpips}: not LPIPS's linear layers; expected {names[0]} to {names[-1]}")
+    return PerceptualDistance(vgg, [layers[name].flatten() for name in names])

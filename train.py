@@ -17,6 +17,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import tarfile
 import textwrap
 import time
@@ -44,7 +45,7 @@ from unet import UNet, ddpm_loss, save
 DEFAULTS = dict(
     data="shapes",                    # shapes, cifar10, or a folder of class folders
     root="runs/cifar-10-binary.tar.gz",  # cifar10: the official archive
-    out="",                           # where results are kept; runs/<data> if empty
+    out="",                           # where results are kept; a folder in runs/ if empty
     seed=0,
     evaluate="test",                  # clean images that judge: test, or validation while tuning
     limit=0,                          # at most so many images, epochs, rounds, steps: does it run?
@@ -58,8 +59,8 @@ DEFAULTS = dict(
         validation=1000, test=2000),
     resnet=dict(widths=(16, 24, 48, 96), blocks=1, strides=(2, 2, 2)),
     classifier=dict(epochs=16, batch_size=128, lr=0.1),  # the victim that learns labels
-    simclr=dict(epochs=40, batch_size=128, lr=0.1),      # the victim that does not,
-    contrast=dict(view="quadrant", temperature=0.5),     # and what it compares
+    simclr=dict(epochs=44, batch_size=128, lr=0.1),      # the victim that does not,
+    contrast=dict(view="quadrant", temperature=0.2),     # and what it compares
     unet=dict(width=32, mults=(1, 2), blocks=1, attention=(), dropout=0.0, patch=2),
     ddpm=dict(levels=100,             # noise levels 1..levels are learned, no others visited
               steps=7300, batch_size=16, lr=4e-3, ema_decay=0.999),
@@ -78,7 +79,7 @@ CONFIGS = {
         "images": dict(protected=6000, unprotected=5500, validation=500, test=2400),
         "resnet": dict(widths=(16, 32, 64, 128)),
         "classifier": dict(epochs=30),
-        "contrast": dict(view="simclr"),
+        "contrast": dict(view="simclr", temperature=0.5),
         "unet": dict(width=48),
         "ddpm": dict(levels=250, steps=10000),
         "perceptual": dict(epochs=40),
@@ -93,7 +94,7 @@ CONFIGS = {
         "resnet": dict(widths=(64, 64, 128, 256, 512), blocks=2, strides=(1, 2, 2, 2)),
         "classifier": dict(epochs=60),
         "simclr": dict(epochs=200, batch_size=512),
-        "contrast": dict(view="simclr"),
+        "contrast": dict(view="simclr", temperature=0.5),
         "unet": dict(width=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1, patch=1),
         "ddpm": dict(levels=1000, steps=40000, batch_size=128, lr=2e-4, ema_decay=0.9999),
         "vgg_weights": "runs/vgg16-397923af.pth",
@@ -101,7 +102,8 @@ CONFIGS = {
         "noise": {
             "em-class": dict(rounds=40, step=0.1),
             "em-sample": dict(rounds=10, step=0.1, noise_steps=20, lr=0.1),
-            "cp-class": dict(surrogates=1, rounds=200, noise_batches=20, batch_size=512),
+            "cp-class": dict(surrogates=1, rounds=200, train_batches=20, noise_batches=20, step=0.1,
+                             batch_size=512),
             "cp-sample": dict(surrogates=1, rounds=40, train_batches=20, noise_steps=5, step=0.1,
                               batch_size=512)}}}
 
@@ -116,6 +118,8 @@ def story(c, stage="all"):
     net, distance = train_ddpm(c, sets), train_vgg(c, sets)
     if stage == "ddpm":
         return
+    if min(len(labels) for _, labels in sets.values()) < 2:
+        raise BadInput("--images: expected two or more images in each set")
     rows, images = [], {}
     for name in c.protections:
         ue = protect(c, name, sets)
@@ -130,9 +134,9 @@ def train_ddpm(c, sets):
     images = sets["unprotected"][0]
     net = new_network(UNet, c.unet | dict(size=images.shape[-1]), c.seed)
     if c.unet_start:
-        net = le.load(unet.load, c.unet_start)
+        net = on_device(unet.load(c.unet_start))
     cached(c, "ddpm", train_unet, net=net, images=images, seed=c.seed, **c.ddpm)
-    return le.load(unet.load, run_folder(c) / "ddpm.pt")
+    return on_device(unet.load(c.run / "ddpm.pt"))
 
 
 def train_vgg(c, sets):
@@ -143,12 +147,12 @@ def train_vgg(c, sets):
     if not c.sampler["perceptual_weight"]:
         return None
     if c.vgg_weights:
-        return le.load(perceptual.load, c.vgg_weights, c.lpips or None)
+        return on_device(perceptual.load(c.vgg_weights, c.lpips))
     images, labels = sets["unprotected"]
     config = c.vgg | dict(classes=count_classes(sets))
     victim = Victim(partial(new_network, VGG, config), class_scores)
     cached(c, "vgg", fit, victim=victim, images=images, labels=labels, seed=c.seed, **c.perceptual)
-    return le.load(perceptual.load, run_folder(c) / "vgg.pt")
+    return on_device(perceptual.load(c.run / "vgg.pt"))
 
 
 def protect(c, name, sets):
@@ -225,7 +229,7 @@ def show(c, sets, rows, images):
     untrained = victim_of(c, "classifier", sets).network(c.seed).eval()
     floor = linear_probe(untrained, sets["unprotected"], sets[c.evaluate])
     results = dict(config=vars(c), rows=rows, floor=round(floor, 2))
-    (run_folder(c) / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (c.run / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
     originals, labels = sets["protected"]
     chosen = [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:10]
     x = originals[chosen]
@@ -234,9 +238,9 @@ def show(c, sets, rows, images):
         pictures += [ue[chosen], 0.5 + 16 * (ue[chosen] - x), le[chosen]]
     canvas = torch.cat([torch.cat(list(row), dim=2) for row in pictures], dim=1)
     picture = Image.fromarray(as_bytes(canvas).permute(1, 2, 0).numpy())
-    picture.resize((2 * picture.width, 2 * picture.height), 0).save(run_folder(c) / "figure.png")
+    picture.resize((2 * picture.width, 2 * picture.height), 0).save(c.run / "figure.png")
     print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
-          f"encoder's probe has {floor:.1f}.\nMore in {run_folder(c)}: results.json, and figure.png "
+          f"encoder's probe has {floor:.1f}.\nMore in {c.run}: results.json, and figure.png "
           "with originals, then UEs, their noise x16 and LEs\nof each protection; "
           "`python -m studies.pictures` draws more.")
 
@@ -623,8 +627,9 @@ def load_data(c):
 
 # -- What is made is kept, with a hash of each input and of all the code that it comes from ---------
 
-HERE = Path(__file__).parent
 MODULES = ("unet", "perceptual", "attacks", "le", "train")
+SOURCES = {str(path): path.read_text()                     # as they were when the program began
+           for path in (Path(__file__).with_name(f"{name}.py") for name in MODULES)}
 
 
 def digest(thing):
@@ -642,9 +647,10 @@ def digest(thing):
 def code_of(make, inputs):
     """{name: hash} of each function, class and constant of the project that `make`, or something
     that the inputs name, reaches by its names. Comments and docstrings do not count."""
-    files = {str(HERE / f"{name}.py") for name in MODULES} | {inspect.getsourcefile(make)}
+    own = inspect.getsourcefile(make)                      # of a study, or of somebody's protection
+    sources = {own: Path(own).read_text()} | SOURCES
     known, found = {}, {}
-    for node in [node for file in sorted(files) for node in ast.parse(Path(file).read_text()).body]:
+    for node in [node for text in sources.values() for node in ast.parse(text).body]:
         for part in [node, *getattr(node, "targets", [])]:
             name = getattr(part, "name", getattr(part, "id", None))
             known.setdefault(name, []).append(node)        # two files may use a name
@@ -665,19 +671,13 @@ def code_of(make, inputs):
     return found
 
 
-def run_folder(c):
-    """Where the results of a run are kept: they belong to one data set and one --limit."""
-    name = Path(c.data).resolve().name + (f"-limit{c.limit}" if c.limit else "")
-    return Path(c.out or f"runs/{name}")
-
-
 def cached(c, name, make, **inputs):
     """make(**inputs, report=...), a dict, or what that gave before, if nothing has changed since.
 
     It is kept in the run's folder as name.pt, together with hashes of all inputs and of all code
     that went into it. Says what it keeps, and what has changed where it makes something again.
     """
-    path = run_folder(c) / f"{name}.pt"
+    path = c.run / f"{name}.pt"
     parts = {key: digest(value) for key, value in inputs.items()} | code_of(make, inputs)
     parts["device"] = DEVICE
     why = ""
@@ -693,16 +693,16 @@ def cached(c, name, make, **inputs):
             return made
         why = " again, changed: " + ", ".join(changed[:4]) + " ..." * (len(changed) > 4)
     print(f"{name}: made{why}", flush=True)
-    le.barrier()                                           # others may still look at the old file
+    le.summed(torch.zeros(1, device=DEVICE))               # others may still look at the old file
     if "partial" in inspect.signature(make).parameters:
         inputs["partial"] = path.with_suffix(f".{digest(parts)[:8]}.partial")
     start = time.time()
     made = make(**inputs, report=le.Progress(name))
     if RANK == 0:
         save(path, made | dict(parts=parts, seconds=time.time() - start))
-        for unfinished in run_folder(c).glob(f"{name}.*.partial"):
+        for unfinished in c.run.glob(f"{name}.*.partial"):
             unfinished.unlink()
-    le.barrier()
+    le.summed(torch.zeros(1, device=DEVICE))               # others wait until it is there
     return made
 
 
@@ -743,12 +743,14 @@ def parse(argv):
     """The stage, whether to download, and the configuration that the arguments ask for."""
     parser = le.Parser(prog="train.py", description=__doc__, allow_abbrev=False,
                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="?", default="all", choices=("all", "ddpm"))
+    parser.add_argument("stage", choices=("all", "ddpm"), help="default all")
     parser.add_argument("--config", choices=CONFIGS, help="default: shapes or photographs")
     parser.add_argument("--download", action="store_true", help="first fetch what is missing")
     for option, owner, key in leaves(DEFAULTS):
         parser.add_argument(f"--{option}", dest=option, type=partial(value_like, owner[key]),
                             metavar="", choices=CHOICES.get(option), help=f"default {owner[key]}")
+    if not argv or argv[0].startswith("-"):
+        argv = ["all", *argv]
     options = vars(parser.parse_args(argv))
     photographs = options["data"] not in (None, "shapes")
     c = configured("photographs" if photographs else "shapes", options["config"] or "shapes")
@@ -757,30 +759,68 @@ def parse(argv):
             owner[key] = options[option]
         if c.limit and key in SHORTENED and owner is not c.sampler:
             owner[key] = min(owner[key], c.limit)
-        value = owner[key]
-        if type(value) in (int, float) and not 0 <= value < 2 ** 31:
-            raise BadInput(f"--{option} {value}: expected a number from 0 to 2 ** 31")
-    if not c.protections or not set(c.protections) <= set(PROTECTIONS):
-        raise BadInput(f"--protections {','.join(c.protections)}: expected some of "
-                       f"{','.join(PROTECTIONS)}")
-    if c.sampler["t_star"] > c.ddpm["levels"]:
-        raise BadInput(f"--sampler.t_star {c.sampler['t_star']}: expected at most --ddpm.levels, "
-                       f"{c.ddpm['levels']}, the noise levels that the U-Net learns")
+    check(c)
+    folder = [Path(c.data).resolve().name, options["config"] or "", f"limit{c.limit}" if c.limit else ""]
+    c.run = Path(c.out or "runs/" + "-".join(part for part in folder if part))
     return options["stage"], options["download"], c
+
+
+# Options that may be 0
+ZERO = ("seed", "limit", "dropout", "momentum", "warm_up", "pixel_weight", "pixel_above",
+        "perceptual_weight", "perceptual_below")
+
+
+def check(c):
+    """Raise BadInput, naming the option, where a value makes no sense."""
+    for option, owner, key in leaves(vars(c)):
+        for value in owner[key] if isinstance(owner[key], tuple) else [owner[key]]:
+            small = isinstance(value, (str, bool)) or 0 < value < 2 ** 31
+            if not (small or value == 0 and key in ZERO):
+                raise BadInput(f"--{option} {value}: expected a number above 0, below 2 ** 31")
+    for option, fits, expected in (
+            ("limit", c.limit != 1, "2 or more"), ("epsilon", 1 <= c.epsilon <= 255, "1 to 255"),
+            ("ddpm.levels", c.ddpm["levels"] <= unet.T, f"at most {unet.T}"),
+            ("root", c.root == DEFAULTS["root"] or c.data == "cifar10", "--data cifar10 beside it"),
+            ("protections", c.protections and set(c.protections) <= set(PROTECTIONS),
+             ",".join(PROTECTIONS)),
+            ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"],
+             f"at most --ddpm.levels, {c.ddpm['levels']}, which the U-Net learns")):
+        if not fits:
+            raise BadInput(f"--{option}: expected {expected}")
+    Sampler(**c.sampler)
+    for option, network in (("unet", partial(UNet, **c.unet, size=c.size)),
+                            ("vgg", partial(VGG, **c.vgg)),
+                            ("resnet", partial(ResNet, **c.resnet, classes=2))):
+        try:
+            with torch.device("meta"):                     # shapes without numbers
+                x = torch.zeros(1, 3, c.size, c.size)
+                network()(x, 1) if option == "unet" else network()(x)
+        except Exception as error:                         # whatever the values lead to
+            raise BadInput(f"--{option}: no network for images of {c.size} pixels has these "
+                           f"settings ({str(error).splitlines()[0]})") from None
+
+
+def claim(c):
+    """Make the run's folder, which belongs to one data set."""
+    c.run.mkdir(parents=True, exist_ok=True)
+    owner = c.data if c.data in ("shapes", "cifar10") else str(Path(c.data).resolve())
+    note = c.run / "data.txt"
+    if note.exists() and note.read_text() != owner:
+        raise BadInput(f"{c.run} belongs to --data {note.read_text()}; give another --out")
+    note.write_text(owner)
 
 
 def main(argv=None):
     with le.processes(), le.one_line_errors("train.py"):
-        stage, wanted, c = parse(argv)
+        stage, wanted, c = parse(sys.argv[1:] if argv is None else argv)
         if wanted and RANK == 0:
-            for address, path in ((CIFAR10, c.data == "cifar10" and c.root),
-                                  (perceptual.VGG16, c.vgg_weights), (perceptual.LPIPS, c.lpips)):
-                if path:
-                    le.download(address, path)
+            le.download(CIFAR10, c.root if c.data == "cifar10" else "")
+            le.download(perceptual.VGG16, c.vgg_weights)
+            le.download(perceptual.LPIPS, c.lpips)
         text = " ".join(f"{option}={owner[key]}".replace(" ", "")
                         for option, owner, key in leaves(vars(c)))
         print(textwrap.fill(f"{text} device={DEVICE}", 100, break_on_hyphens=False))
-        run_folder(c).mkdir(parents=True, exist_ok=True)
+        claim(c)
         story(c, stage)
 
 

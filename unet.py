@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# --------------------------------------------------------------------------------------------------
-# The forward process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+
+class BadInput(ValueError):
+    """Something that a user gave cannot be used; the message, one line, says what was expected."""
+
+
+# -- The forward process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps ------------------
 
 T = 1000                                                   # noise levels of the full process
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # BETA[t - 1] is the paper's beta_t
@@ -69,8 +73,7 @@ def ddpm_loss(net, x0, t, eps):
     return F.mse_loss(net(q_sample(x0, t, eps), t), eps)
 
 
-# --------------------------------------------------------------------------------------------------
-# The U-Net. Submodules have the names of the released weights, google/ddpm-cifar10-32.
+# -- The U-Net. Submodules have the names of the released weights, google/ddpm-cifar10-32. ---------
 
 def norm(channels):
     """GroupNorm with 32 groups as in Ho et al., fewer in a narrow network.
@@ -212,7 +215,7 @@ class UNet(nn.Module):
 
     def forward(self, xt, t):
         if xt.shape[-1] % self.multiple or xt.shape[-2] % self.multiple:
-            raise ValueError(f"this U-Net takes sides that are multiples of {self.multiple}, "
+            raise BadInput(f"this U-Net takes sides that are multiples of {self.multiple}, "
                              f"not {tuple(xt.shape[-2:])}")
         if not isinstance(t, torch.Tensor):
             t = torch.full((len(xt),), t, device=xt.device)
@@ -238,13 +241,12 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch)
 
 
-# --------------------------------------------------------------------------------------------------
-# The reverse process
+# -- The reverse process ---------------------------------------------------------------------------
 
 def visited_levels(t_star, steps):
     """The steps + 1 levels that a sampler of `steps` strides visits, evenly from t_star to 0."""
     if not 1 <= steps <= t_star <= T:
-        raise ValueError(f"steps {steps}, t_star {t_star}: need 1 <= steps <= t_star <= {T}")
+        raise BadInput(f"steps {steps}, t_star {t_star}: need 1 <= steps <= t_star <= {T}")
     return [round(t_star * (steps - i) / steps) for i in range(steps + 1)]
 
 
@@ -269,8 +271,7 @@ def sample(net, xT, steps=T, t_star=T):
     return xt
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints describe themselves: {"config": the constructor's arguments, "weights": state dict}
+# -- Checkpoints describe themselves: {"config": the constructor's arguments, "weights": state dict} 
 
 def save(path, checkpoint):
     """Write a checkpoint so that a reader sees the old file or the whole new one, never half."""
@@ -288,43 +289,45 @@ def save(path, checkpoint):
 def read(path):
     """What torch.save wrote to a file, on the CPU, without running any code in it.
 
-    Raises ValueError if it is something else.
+    Raises BadInput if it is something else.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:                             # torch raises several kinds
-        raise ValueError(f"{path}: not a whole file of tensors written by torch.save "
+        raise BadInput(f"{path}: not a whole file of tensors written by torch.save "
                          f"({type(error).__name__})") from None
 
 
 def fit_weights(path, net, weights):
-    """Load a state dict. Raises ValueError naming the first key that does not fit."""
+    """Load a state dict. Raises BadInput naming the first key that does not fit."""
+    if not isinstance(weights, dict):
+        raise BadInput(f"{path}: holds no weights")
     needed = net.state_dict()
     for name in [*needed, *weights]:
         has = list(getattr(weights.get(name), "shape", ["nothing"]))
         needs = list(getattr(needed.get(name), "shape", ["nothing"]))
         if has != needs:
-            raise ValueError(f"{path}: {name} is {has}, expected {needs}")
+            raise BadInput(f"{path}: {name} is {has}, expected {needs}")
         if not weights[name].isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite")
+            raise BadInput(f"{path}: {name} is not finite")
     net.load_state_dict(weights)
 
 
-def load(path, device="cpu"):
+def load(path):
     """The U-Net in a checkpoint of `train.py`, or in google/ddpm-cifar10-32, in evaluation mode.
 
-    (The second is its diffusion_pytorch_model.bin; `studies/released.py` reads other layouts.)
-    Raises ValueError if the file is something else, naming the first key that differs.
+    (The second is its diffusion_pytorch_model.bin.)
+    Raises BadInput if the file is something else, naming the first key that differs.
     """
     checkpoint = read(path)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a U-Net's weights")
+        raise BadInput(f"{path}: holds a {type(checkpoint).__name__}, expected a U-Net's weights")
     try:
         net = UNet(**checkpoint.get("config", {}))         # the released one has the defaults
-        net.max_level = int(checkpoint.get("max_level", T))
+        net.max_level = range(T + 1)[checkpoint.get("max_level", T)]
     except Exception as error:                             # whatever a stranger's values lead to
-        raise ValueError(f"{path}: not the configuration of a U-Net ({error})") from None
+        raise BadInput(f"{path}: not the configuration of a U-Net ({error})") from None
     fit_weights(path, net, checkpoint.get("weights", checkpoint))
-    return net.to(device).eval().requires_grad_(False)
+    return net.eval().requires_grad_(False)

@@ -1,0 +1,199 @@
+"""Countermeasures side by side: the same unlearnable examples and U-Net, after `python train.py`.
+
+    python -m studies.ablation                       every question
+    python -m studies.ablation --only "JPEG 10"      one row
+    python -m studies.ablation --protection cp-class
+
+Accuracies are those of three victims, on clean validation images. A table, ablation-PROTECTION.json
+and .png, accuracy against fidelity, and a picture for each question, are in the run's folder.
+"""
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+import attacks
+import le
+import train
+import unet
+from le import as_bytes, as_float, on_device
+from studies.drawing import grid, plot
+from studies.run import chosen, first_of_each, networks, opened, parser_of, spread
+
+
+# -- What needs no network -------------------------------------------------------------------------
+
+def none(images, sampler):
+    return images
+
+
+def grayscale(images, sampler):
+    return attacks.luma(images).expand_as(images)
+
+
+def by_pillow(change, images):
+    """The images after a function of a Pillow image."""
+    made = [change(Image.fromarray(pixels)) for pixels in as_bytes(images).permute(0, 2, 3, 1).numpy()]
+    return as_float(torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2))
+
+
+def compressed(image, quality=10):
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=quality)
+    return np.array(Image.open(content))
+
+
+def jpeg(images, sampler):
+    return by_pillow(compressed, images)
+
+
+def filtered(image):
+    return np.array(image.filter(ImageFilter.MedianFilter(3)))
+
+
+def median(images, sampler):
+    return by_pillow(filtered, images)
+
+
+def noise(images, sampler):
+    """As much as the sampler adds."""
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + unet.sigma(sampler.t_star) / 2 * eps).clamp(0, 1)
+
+
+SIMPLE = {"none": none, "grayscale": grayscale, "JPEG 10": jpeg, "median 3x3": median, "noise": noise}
+
+
+# -- Samplers --------------------------------------------------------------------------------------
+
+def weighted(sampler, factor):
+    """The sampler with `factor` times its weights."""
+    return replace(sampler, pixel_weight=factor * sampler.pixel_weight,
+                   perceptual_weight=factor * sampler.perceptual_weight)
+
+
+def questions(joint):
+    """{question: {name: a countermeasure in SIMPLE, or a Sampler}}."""
+    released = le.SAMPLERS["released"]
+    top = joint.t_star
+    return {
+        "what needs no network": dict.fromkeys(SIMPLE),
+        "either condition, or both": {
+            "unguided": weighted(joint, 0),
+            "pixel only": replace(joint, perceptual_weight=0.0, pixel_above=0),
+            "perceptual only": replace(joint, pixel_weight=0.0, perceptual_below=top),
+            "joint": joint},
+        "the released schedule": {
+            "joint": joint,
+            "released, 20 levels": replace(released, t_star=20, steps=20),
+            "released, 36 levels": released},
+        "which target": {"joint": joint, "joint, x_t and a noisy UE": replace(joint, target="xt")},
+        "in turn, or both throughout": {
+            "joint": joint, "joint, both": replace(joint, pixel_above=0, perceptual_below=top)},
+        "colours or grey": {"joint": joint, "joint, on grey": replace(joint, compare="grey")},
+        "few levels, many rounds": {
+            "joint": joint,
+            "joint, half the steps": replace(joint, steps=max(1, joint.steps // 2)),
+            "joint, twice the steps": replace(joint, steps=2 * joint.steps),
+            "joint, two rounds of half": replace(joint, rounds=2 * joint.rounds,
+                                                 steps=max(1, joint.steps // 2))},
+        "how much weight": {
+            f"joint, weights x {factor}" if factor != 1 else "joint": weighted(joint, factor)
+            for factor in (0.25, 0.5, 1, 2, 4)}}
+
+
+def slug(text):
+    """A file name for a label."""
+    return "-".join("".join(ch if ch.isalnum() or ch == "." else " " for ch in text).split())
+
+
+def row_of(c, sets, name, label, sampler, ue, clean, lost):
+    """A row of the table, and the images that a countermeasure leaves."""
+    key, originals = f"ablation-{name}-{slug(label)}", sets["protected"][0]
+    net, distance = networks(c, sets)
+    if sampler is None:
+        made, evaluations = SIMPLE[label](ue, le.Sampler(**c.sampler)), 0
+    else:
+        stage = train.cached(c, key, train.purified, purifier=le.purify, net=net, distance=distance,
+                             images=ue, sampler=sampler, seed=c.seed)
+        made, evaluations = as_float(stage["images"]), sampler.rounds * sampler.steps
+    accuracies = spread(c, train.PROTECTIONS[name].victim, key, made, sets)
+    lost = clean - accuracies if lost is None else lost    # the first row: nothing is done
+    row = dict(countermeasure=label, accuracy=accuracies.mean().item(),
+               spread=accuracies.std().item(), psnr=train.psnr(made, originals),
+               recovery=(1 - (clean - accuracies) / lost).mean().item(), evaluations=evaluations)
+    if distance is not None:
+        pairs = zip(made.split(500), originals.split(500))
+        with torch.no_grad():
+            apart = torch.cat([distance(on_device(a), on_device(b)) for a, b in pairs])
+        row["perceptual"] = apart.mean().item()
+    return row, made, lost
+
+
+def ablate(c, sets, name, only):
+    """The rows of the table for a protection; writes the picture of each question."""
+    originals, labels = sets["protected"]
+    places, kind = first_of_each(labels, 6), train.PROTECTIONS[name].victim
+    ue = train.protect(c, name, sets)
+    asked = questions(le.Sampler(**c.sampler))
+    every = {label: sampler for part in asked.values() for label, sampler in part.items()}
+    wanted = {"none": None} | chosen(every, only)
+    clean = spread(c, kind, "clean", originals, sets)
+    rows, looks, lost = {}, {}, None
+    for label, sampler in wanted.items():
+        rows[label], made, lost = row_of(c, sets, name, label, sampler, ue, clean, lost)
+        text = f"{label}: {rows[label]['accuracy']:.1f}"
+        left = 0.5 + 8 * (made[places] - originals[places])
+        looks[label] = text, [*made[places], *left]
+        print(f"{name}, {text}", flush=True)
+    for question, part in asked.items():
+        if set(part) <= set(looks):
+            path = c.run / f"ablation-{name}-{slug(question)}.png"
+            grid(path, [looks[label] for label in part], margin=260)
+    return dict(clean=clean.mean().item(), rows=list(rows.values()))
+
+
+def table(result):
+    lines = ["| countermeasure | accuracy | recovery | PSNR | perceptual distance | evaluations |",
+             "|---|---|---|---|---|---|"]
+    for r in result["rows"]:
+        lines.append(f"| {r['countermeasure']} | {r['accuracy']:.1f} ± {r['spread']:.1f} "
+                     f"| {r['recovery']:.2f} | {r['psnr']:.1f} dB | {r.get('perceptual', 0):.3f} "
+                     f"| {r['evaluations']} |")
+    return "\n".join(lines)
+
+
+def trade_off(result, path):
+    """Accuracy against fidelity: the joint sampler by its weight, and every other."""
+    by_name = {r["countermeasure"]: r for r in result["rows"]}
+    labels = ["unguided", "joint, weights x 0.25", "joint, weights x 0.5", "joint",
+              "joint, weights x 2", "joint, weights x 4"]
+    points = {label: (r["psnr"], r["accuracy"], label.removeprefix("joint, weights "))
+              for label, r in by_name.items()}
+    series = [("by weight", [points[label] for label in labels if label in points])]
+    series += [(label, [points[label][:2] + ("",)]) for label in points
+               if label not in labels and by_name[label]["evaluations"]]
+    low = min(y for _, part in series for _, y, _ in part)
+    plot(path, series, "PSNR to the original, dB", "accuracy on clean images, %", (low - 2, 100))
+
+
+def main(argv=None):
+    parser = parser_of("ablation", __doc__)
+    parser.add_argument("--protection", default="em-sample", choices=train.PROTECTIONS)
+    parser.add_argument("--only", metavar="ROW", help="one row of the table")
+    with opened(parser, argv) as (options, c, sets, _):
+        c.evaluate = "validation"                          # what is chosen by looking at it
+        name = options.protection
+        result = ablate(c, sets, name, options.only)
+        print(f"\n{name}, clean {result['clean']:.1f}\n\n{table(result)}")
+        if not options.only:
+            path = c.run / f"ablation-{name}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            trade_off(result, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

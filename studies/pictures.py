@@ -1,0 +1,173 @@
+"""Pictures of a run, after `python train.py`; they are written to its folder.
+
+    python -m studies.pictures             all of them
+    python -m studies.pictures forward     the noise drowns the perturbation before the picture
+
+overview     original, UE, noise x16 and LE of each class, for each protection
+forward      an image and its UE at levels 0, 10, 36, 100, ..., and the distance between the two
+strip        a UE on its way to an LE: x_t at every level that the sampler visits
+curves       loss of classifiers and of SimCLR, by epoch, on clean images, UEs and LEs
+confusion    what classifiers trained on clean images, UEs and LEs take clean images for
+neighbours   the unprotected images that SimCLR finds most like a test image
+"""
+import sys
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import le
+import train
+import unet
+from attacks import PROTECTIONS
+from le import on_device
+from studies.drawing import grid, plot
+from studies.run import first_of_each, networks, opened, parser_of
+
+
+def versions(c, sets):
+    """{protection: (UEs, LEs)} of the run."""
+    net, distance = networks(c, sets)
+    found = {}
+    for name in c.protections:
+        ue = train.protect(c, name, sets)
+        found[name] = ue, train.purify(c, name, ue, net, distance)
+    return found
+
+
+def overview(c, sets, classes, path):
+    """One class a column."""
+    originals, labels = sets["protected"]
+    places = first_of_each(labels)
+    x = originals[places]
+    rows = [("original", x)]
+    for name, (ue, le_) in versions(c, sets).items():
+        rows += [(f"{name} UE", ue[places]), ("its noise x16", 0.5 + 16 * (ue[places] - x)),
+                 (f"{name} LE", le_[places])]
+    grid(path, rows, [str(classes[labels[i]])[:10] for i in places])
+
+
+def forward(c, sets, classes, path, levels=(0, 10, 36, 100, 300, 1000)):
+    """The same noise on an image and on its UE: what differs between them is soon nothing beside
+    it, and what they show is not."""
+    name = c.protections[0]
+    x = torch.stack([sets["protected"][0][2], train.protect(c, name, sets)[2]])
+    eps = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(c.seed))
+    rows = {text: [] for text in ("original", f"{name} UE", "difference x16")}
+    for t in levels:
+        xt = unet.q_sample(x * 2 - 1, t, eps.expand_as(x)) / 2 + 0.5
+        for row, image in zip(rows.values(), (*xt, 0.5 + 16 * (xt[1] - xt[0]))):
+            row.append(image)
+    grid(path, list(rows.items()), [f"t = {t}" for t in levels], zoom=3)
+
+
+def normal_like(x, generator):
+    return torch.randn(x.shape, generator=generator).to(x)
+
+
+def strip(c, sets, classes, path):
+    """One UE of each protection, in the sampler's last round."""
+    sampler = le.Sampler(**c.sampler)
+    net, distance = networks(c, sets)
+    visited = unet.visited_levels(sampler.t_star, sampler.steps)[:-1]
+    rows = []
+    for name in c.protections:
+        ue = on_device(train.protect(c, name, sets)[2:3])
+        draw = partial(normal_like, ue, torch.Generator().manual_seed(c.seed))
+        trace = []
+        with torch.no_grad():
+            made = le.denoise(net, distance, ue * 2 - 1, sampler, draw, trace)
+        noisy = [xt[0].cpu() / 2 + 0.5 for xt in trace[-sampler.steps:]]
+        rows.append((name, [sets["protected"][0][2], ue[0].cpu(), *noisy, made[0].cpu() / 2 + 0.5]))
+    grid(path, rows, ["original", "UE", *(f"t = {t}" for t in visited), "LE"])
+
+
+def curves(c, sets, classes, path):
+    """One picture for each kind of victim; the second one's name ends in -simclr."""
+    found = versions(c, sets)
+    for kind in ("classifier", "simclr"):
+        names = [name for name in found if PROTECTIONS[name].victim == kind]
+        images = {"clean": sets["protected"][0]}
+        for name in names:
+            images |= {f"{name}-ue": found[name][0], f"{name}-le": found[name][1]}
+        series = []
+        for name in images if names else []:
+            train.train_victim(c, kind, name, images[name], sets)
+            losses = unet.read(c.run / f"{kind}-{name}.pt")["losses"]
+            series.append((name, [(i, loss, "") for i, loss in enumerate(losses, 1)]))
+        if series:
+            values = [loss for _, points in series for _, loss, _ in points]
+            y_range = (min(values) - 0.05, min(max(values), min(values) + 2.2))
+            target = path if kind == "classifier" else path.with_stem(f"{path.stem}-simclr")
+            plot(target, series, "epoch", f"training loss of a {kind}", y_range)
+
+
+def trained(c, kind, name, images, sets):
+    """The network of a victim of the run."""
+    train.train_victim(c, kind, name, images, sets)
+    net = train.victim_of(c, kind, sets).network(c.seed).eval()
+    net.load_state_dict(unet.read(c.run / f"{kind}-{name}.pt")["weights"])
+    return net
+
+
+def of_kind(c, sets, kind):
+    """{name: images} of clean images, UEs and LEs of the first protection against such a victim."""
+    name = next((name for name in c.protections if PROTECTIONS[name].victim == kind), None)
+    if name is None:
+        return {}
+    ue, le_ = versions(c, sets)[name]
+    return {"clean": sets["protected"][0], f"{name}-ue": ue, f"{name}-le": le_}
+
+
+def confusion(c, sets, classes, path):
+    """Rows are classes, columns answers; blue is often."""
+    images, labels = sets[c.evaluate]
+    n, blue, matrices = len(classes), torch.tensor([0.0, 0.45, 0.7]).view(3, 1, 1), {}
+    for name, version in of_kind(c, sets, "classifier").items():
+        net = trained(c, "classifier", name, version, sets)
+        answers = train.in_parts(net, images).argmax(1)
+        counts = (n * labels + answers).bincount(minlength=n * n).view(n, n)
+        share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+        matrices[name] = 0.94 + (blue - 0.94) * share
+    rows = [(str(classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices.values()])
+            for i in range(n)]
+    if matrices:
+        grid(path, rows, list(matrices), zoom=24)
+
+
+def neighbours(c, sets, classes, path, count=4):
+    """Of three test images: `count` neighbours each, by an encoder of clean images, UEs and LEs."""
+    (x, _), (test, labels) = sets["unprotected"], sets[c.evaluate]
+    places, rows = first_of_each(labels, 3), []
+    for name, version in of_kind(c, sets, "simclr").items():
+        encoder = trained(c, "simclr", name, version, sets).encoder
+        known = F.normalize(train.in_parts(encoder.features, x), dim=1)
+        asked = F.normalize(train.in_parts(encoder.features, test[places]), dim=1)
+        row = []
+        for place, nearest in zip(places, (asked @ known.T).topk(count).indices):
+            row += [test[place], *x[nearest], torch.ones_like(test[0])]
+        rows.append((f"by SimCLR on {name}", row))
+    if rows:
+        grid(path, rows, (["test image", "its neighbours"] + [""] * count) * 3, margin=170)
+
+
+PICTURES = dict(overview=overview, forward=forward, strip=strip, curves=curves, confusion=confusion,
+                neighbours=neighbours)
+
+
+def main(argv=None):
+    parser = parser_of("pictures", __doc__)
+    parser.add_argument("picture", choices=("all", *PICTURES))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0].startswith("-"):
+        argv.insert(0, "all")
+    with opened(parser, argv) as (options, c, sets, classes):
+        for name, picture in PICTURES.items():
+            if options.picture in ("all", name):
+                path = c.run / f"{name}.png"
+                picture(c, sets, classes, path)
+                print(path, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

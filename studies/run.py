@@ -1,0 +1,51 @@
+"""The run that a study looks at: its command line, its data and what the story made of it."""
+import argparse
+from contextlib import contextmanager
+
+import torch
+
+import le
+import train
+from le import BadInput
+
+
+def parser_of(name, doc):
+    """The command line of a study; further options are those of train.py."""
+    return le.Parser(prog=f"studies.{name}", description=doc, allow_abbrev=False,
+                     epilog="Further options are those of train.py, and must be those of the run.",
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+@contextmanager
+def opened(parser, argv):
+    """The study's own options, the run's configuration, its sets and class names."""
+    with le.one_line_errors(parser.prog):
+        options, others = parser.parse_known_args(argv)
+        _, _, c = train.parse(others)
+        if not (c.run / "ddpm.pt").exists():
+            raise BadInput(f"{c.run}: no run yet; first `python train.py` with the "
+                           "same options")
+        yield options, c, *train.load_data(c)
+
+
+def networks(c, sets):
+    """The U-Net and the perceptual distance of the run."""
+    return train.train_ddpm(c, sets), train.train_vgg(c, sets)
+
+
+def first_of_each(labels, n=10):
+    """Where the first image of each class is, for at most n classes."""
+    return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:n]
+
+
+def spread(c, kind, name, images, sets, victims=3):
+    """Accuracies (victims,) of victims of several seeds, trained on the images."""
+    return torch.tensor([train.train_victim(c, kind, f"{name}-{k}" if k else name, images, sets,
+                                            c.seed + k) for k in range(victims)])
+
+
+def chosen(rows, only):
+    """Those rows of a dict that --only names, or all."""
+    if only and only not in rows:
+        raise BadInput(f"--only {only}: expected one of {', '.join(rows)}")
+    return {only: rows[only]} if only else rows
