@@ -305,4 +305,4 @@ PROTECTIONS = {
         class_wise=True, surrogates=7, rounds=10, train_batches=16, noise_batches=8, step=0.15,
         batch_size=384)),
     "cp-sample": Protection(min_min, "simclr", start="cp-class", settings=dict(
-        surrogates=3, rounds=5, train_batches=30, noise_steps=2, batch_size=256))}
+        surrogates=3, rounds=5, train_batches=30, noise_steps=2, step=1.0, batch_size=256))}

@@ -11,6 +11,7 @@ every command needs. `train.py` tells the story, `python -m studies.purify` take
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -80,11 +81,10 @@ def features(y, distance, sampler):
 
 
 def guidance(x, y, y_features, t, distance, sampler):
-    """Gradient, with respect to x, of the weighted distances from x to y that count at level t.
+    """Gradient for x of its weighted distances to y that count at level t (Jiang et al. 2023).
 
     x, y (B, 3, H, W) in [-1, 1], each image's distances its own: the mean squared difference, and
     the perceptual distance to y, whose `features` may be None where that does not count.
-    (Jiang et al. 2023, the two conditions.)
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -186,8 +186,7 @@ PURIFIERS = {"joint": purify}
 
 
 # -- What every command needs ----------------------------------------------------------------------
-# Errors in one line, progress, downloads, images, and several processes (torchrun), which share
-# training by batches and purification by images.
+# Errors in one line, progress, downloads, images, and processes that share the work (torchrun).
 
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -237,6 +236,7 @@ def as_float(images):
 @contextmanager
 def one_line_errors(program):
     """Within, what a user can mend ends the program with one line and exit code 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")      # a terminal need not know every letter
     try:
         yield
@@ -311,7 +311,7 @@ def open_image(path):
 
 def pixels_of(image):
     """A Pillow image as a tensor (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(255)
+    return as_float(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
 
 
 class Parser(argparse.ArgumentParser):

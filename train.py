@@ -10,6 +10,11 @@
 Read `story` first. Results are kept in runs/, with a table and a picture, and made again only when
 their inputs, their settings or their code have changed.
 """
+import signal
+
+if __name__ == "__main__":                                 # no traceback while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import copy
@@ -60,7 +65,7 @@ DEFAULTS = dict(
     resnet=dict(widths=(16, 24, 48, 96), blocks=1, strides=(2, 2, 2)),
     classifier=dict(epochs=16, batch_size=128, lr=0.1),  # the victim that learns labels
     simclr=dict(epochs=44, batch_size=128, lr=0.1),      # the victim that does not,
-    contrast=dict(view="quadrant", temperature=0.2),     # and what it compares
+    contrast=dict(view="quadrant", temperature=0.3),     # and what it compares
     unet=dict(width=32, mults=(1, 2), blocks=1, attention=(), dropout=0.0, patch=2),
     ddpm=dict(levels=100,             # noise levels 1..levels are learned, no others visited
               steps=7300, batch_size=16, lr=4e-3, ema_decay=0.999),

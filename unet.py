@@ -76,10 +76,8 @@ def ddpm_loss(net, x0, t, eps):
 # -- The U-Net. Submodules have the names of the released weights, google/ddpm-cifar10-32. ---------
 
 def norm(channels):
-    """GroupNorm with 32 groups as in Ho et al., fewer in a narrow network.
-
-    A channel alone in its group would lose its time embedding.
-    """
+    """GroupNorm with 32 groups as in Ho et al., fewer in a narrow network: a channel alone in its
+    group would lose its time embedding."""
     groups = max(1, min(32, channels // 4))
     while channels % groups:
         groups -= 1
@@ -316,9 +314,8 @@ def fit_weights(path, net, weights):
 
 
 def load(path):
-    """The U-Net in a checkpoint of `train.py`, or in google/ddpm-cifar10-32, in evaluation mode.
-
-    (The second is its diffusion_pytorch_model.bin.)
+    """The U-Net in a checkpoint of `train.py`, or in google/ddpm-cifar10-32
+    (diffusion_pytorch_model.bin), in evaluation mode.
     Raises BadInput if the file is something else, naming the first key that differs.
     """
     checkpoint = read(path)
