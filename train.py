@@ -646,7 +646,9 @@ def digest(thing):
     if isinstance(thing, torch.Tensor):
         array = thing.detach().cpu().contiguous().numpy()
         return sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
-    return sha256(re.sub(" at 0x[0-9a-f]+", "", repr(thing)).encode()).hexdigest()
+    # neither where a function lies in memory nor whether this file is the program matters
+    shown = re.sub(r" at 0x[0-9a-f]+|__main__\.|train\.", "", repr(thing))
+    return sha256(shown.encode()).hexdigest()
 
 
 def code_of(make, inputs):
@@ -722,13 +724,13 @@ def leaves(owner, prefix=""):
             yield prefix + key, owner, key
 
 
-def configured(*names):
-    """The defaults, changed by these CONFIGS one after the other."""
-    c = copy.deepcopy(DEFAULTS)
-    changes = {option: owner[key] for name in names for option, owner, key in leaves(CONFIGS[name])}
-    for option, owner, key in leaves(c):
-        owner[key] = changes.get(option, owner[key])
-    return SimpleNamespace(**c)
+def merge(owner, changes):
+    """Set the values of nested dicts that other nested dicts name."""
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            merge(owner.setdefault(key, {}), value)
+        else:
+            owner[key] = value
 
 
 def value_like(default, text):
@@ -758,9 +760,11 @@ def parse(argv):
         argv = ["all", *argv]
     options = vars(parser.parse_args(argv))
     photographs = options["data"] not in (None, "shapes")
-    c = configured("photographs" if photographs else "shapes", options["config"] or "shapes")
+    c = SimpleNamespace(**copy.deepcopy(DEFAULTS))
+    merge(vars(c), CONFIGS["photographs" if photographs else "shapes"])
+    merge(vars(c), CONFIGS[options["config"] or "shapes"])
     for option, owner, key in leaves(vars(c)):
-        if options[option] is not None:
+        if options.get(option) is not None:
             owner[key] = options[option]
         if c.limit and key in SHORTENED and owner is not c.sampler:
             owner[key] = min(owner[key], c.limit)

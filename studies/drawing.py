@@ -53,7 +53,7 @@ def plot(path, series, x_label, y_label, y_range, size=(900, 520)):
         return left + across * (right - left), bottom - up * (bottom - top)
     for y in round_steps(y_low, y_high):
         draw.line((*place(low, y), *place(high, y)), fill="#dddddd")
-        draw.text((6, place(low, y)[1] - 6), f"{y:.4g}", fill="black")
+        draw.text((6, place(low, y)[1] - 6), f"{y + 0.0:.4g}", fill="black")
     for x in round_steps(low, high):
         draw.text((place(x, y_low)[0] - 8, bottom + 6), f"{x:.4g}", fill="black")
     draw.text((left, size[1] - 20), x_label, fill="black")
