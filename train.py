@@ -119,7 +119,7 @@ torch.set_flush_denormal(True)        # denormal numbers late in training slow a
 
 def story(c, stage="all"):
     """The paper: networks from unprotected images; then protect, purify and judge."""
-    sets, classes = load_data(c)
+    sets, _ = load_data(c)
     net, distance = train_ddpm(c, sets), train_vgg(c, sets)
     if stage == "ddpm":
         return
@@ -239,8 +239,8 @@ def show(c, sets, rows, images):
     chosen = [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:10]
     x = originals[chosen]
     pictures = [x]
-    for ue, le in images.values():
-        pictures += [ue[chosen], 0.5 + 16 * (ue[chosen] - x), le[chosen]]
+    for ue, learnable in images.values():
+        pictures += [ue[chosen], 0.5 + 16 * (ue[chosen] - x), learnable[chosen]]
     canvas = torch.cat([torch.cat(list(row), dim=2) for row in pictures], dim=1)
     picture = Image.fromarray(as_bytes(canvas).permute(1, 2, 0).numpy())
     picture.resize((2 * picture.width, 2 * picture.height), 0).save(c.run / "figure.png")

@@ -269,7 +269,7 @@ def sample(net, xT, steps=T, t_star=T):
     return xt
 
 
-# -- Checkpoints describe themselves: {"config": the constructor's arguments, "weights": state dict} 
+# -- Checkpoints describe themselves: {"config": the constructor's arguments, "weights": state dict}
 
 def save(path, checkpoint):
     """Write a checkpoint so that a reader sees the old file or the whole new one, never half."""

@@ -17,7 +17,7 @@ import torch
 
 import train
 from attacks import PROTECTIONS, VIEWS, Victim, partner_scores
-from le import BadInput, on_device
+from le import BadInput
 from studies.drawing import plot
 from studies.run import networks, opened, parser_of, spread
 
@@ -25,7 +25,9 @@ OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
 
 def shown(accuracies):
-    return f"{accuracies.mean():.1f} ± {accuracies.std(unbiased=False):.1f}"
+    if len(accuracies) == 1:
+        return f"{accuracies.item():.1f}"
+    return f"{accuracies.mean():.1f} ± {accuracies.std():.1f}"
 
 
 def versions(c, name, sets):
