@@ -1527,6 +1527,14 @@ def test_main_runs_on_a_folder_that_keeps_its_runs_apart(tmp_path, monkeypatch, 
     assert stop.value.code == 2 and "belongs to --data" in capsys.readouterr().err
 
 
+def test_main_refuses_a_folder_that_is_too_small_before_it_works(tmp_path, capsys):
+    pets = class_folders(tmp_path / "pets", per_class=2)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--data", str(pets), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "two or more images" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def test_main_ddpm_goes_on_from_a_checkpoint(tmp_path, capsys):
     small = ["ddpm", *SMALL, "--ddpm.steps", "1", "--ddpm.lr", "1e-9"]
     train.main([*small, "--seed", "1", "--out", str(tmp_path / "first")])
@@ -1614,6 +1622,7 @@ def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, argum
     said = capsys.readouterr().err
     assert stop.value.code == 2 and message in said and said.count("\n") == 1
     assert not list(tmp_path.rglob("*.pt"))                # nothing half-written
+    assert "--unet_start" in arguments or not list(tmp_path.iterdir())
 
 
 def test_main_looks_whether_it_can_write_before_it_works(tmp_path, capsys):

@@ -120,11 +120,12 @@ torch.set_flush_denormal(True)        # denormal numbers late in training slow a
 def story(c, stage="all"):
     """The paper: networks from unprotected images; then protect, purify and judge."""
     sets, _ = load_data(c)
+    claim(c)
+    if stage == "all" and min(len(labels) for _, labels in sets.values()) < 2:
+        raise BadInput(f"--data {c.data}: expected two or more images in each of the four sets")
     net, distance = train_ddpm(c, sets), train_vgg(c, sets)
     if stage == "ddpm":
         return
-    if min(len(labels) for _, labels in sets.values()) < 2:
-        raise BadInput("--images: expected two or more images in each set")
     rows, images = [], {}
     for name in c.protections:
         ue = protect(c, name, sets)
@@ -829,7 +830,6 @@ def main(argv=None):
         text = " ".join(f"{option}={owner[key]}".replace(" ", "")
                         for option, owner, key in leaves(vars(c)))
         print(textwrap.fill(f"{text} device={DEVICE}", 100, break_on_hyphens=False))
-        claim(c)
         story(c, stage)
 
 
