@@ -110,10 +110,9 @@ def slug(text):
     return "-".join("".join(ch if ch.isalnum() or ch == "." else " " for ch in text).split())
 
 
-def row_of(c, sets, name, label, sampler, ue, clean, lost):
+def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):
     """A row of the table, and the images that a countermeasure leaves."""
     key, originals = f"ablation-{name}-{slug(label)}", sets["protected"][0]
-    net, distance = networks(c, sets)
     if sampler is None:
         made, evaluations = SIMPLE[label](ue, le.Sampler(**c.sampler)), 0
     else:
@@ -142,9 +141,11 @@ def ablate(c, sets, name, only):
     every = {label: sampler for part in asked.values() for label, sampler in part.items()}
     wanted = {"none": None} | chosen(every, only)
     clean = spread(c, kind, "clean", originals, sets)
+    net, distance = networks(c, sets)
     rows, looks, lost = {}, {}, None
     for label, sampler in wanted.items():
-        rows[label], made, lost = row_of(c, sets, name, label, sampler, ue, clean, lost)
+        rows[label], made, lost = row_of(c, sets, net, distance, name, label, sampler, ue, clean,
+                                         lost)
         text = f"{label}: {rows[label]['accuracy']:.1f}"
         left = 0.5 + 8 * (made[places] - originals[places])
         looks[label] = text, [*made[places], *left]

@@ -22,7 +22,7 @@ import unet
 from attacks import PROTECTIONS
 from le import on_device
 from studies.drawing import grid, plot
-from studies.run import first_of_each, networks, opened, parser_of
+from studies.run import first_of_each, networks, opened, parser_of, trained
 
 
 def versions(c, sets):
@@ -100,14 +100,6 @@ def curves(c, sets, classes, path):
             y_range = (min(values) - 0.05, min(max(values), min(values) + 2.2))
             target = path if kind == "classifier" else path.with_stem(f"{path.stem}-simclr")
             plot(target, series, "epoch", f"training loss of a {kind}", y_range)
-
-
-def trained(c, kind, name, images, sets):
-    """The network of a victim of the run."""
-    train.train_victim(c, kind, name, images, sets)
-    net = train.victim_of(c, kind, sets).network(c.seed).eval()
-    net.load_state_dict(unet.read(c.run / f"{kind}-{name}.pt")["weights"])
-    return net
 
 
 def of_kind(c, sets, kind):

@@ -19,7 +19,7 @@ import train
 from attacks import PROTECTIONS, VIEWS, Victim, partner_scores
 from le import BadInput
 from studies.drawing import plot
-from studies.run import networks, opened, parser_of, spread
+from studies.run import networks, opened, parser_of, spread, trained
 
 OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
@@ -52,10 +52,7 @@ def cross(c, sets, victims):
 def probe(c, sets, victims):
     """An encoder of clean images; its probe learns from published images and their labels."""
     c.evaluate, labels, rows = "validation", sets["protected"][1], []
-    train.train_victim(c, "simclr", "clean", sets["protected"][0], sets)
-    net = train.victim_of(c, "simclr", sets).network(c.seed).eval()
-    path = c.run / "simclr-clean.pt"
-    net.load_state_dict(train.unet.read(path)["weights"])
+    net = trained(c, "simclr", "clean", sets["protected"][0], sets)
     for name in c.protections:
         row = {"protection": name}
         for what, images in versions(c, name, sets).items():
