@@ -5,8 +5,8 @@
 only unprotected images. Two conditions pull every reverse step back towards the UE, so that the
 picture survives and the protection does not: pixel distance, then perceptual distance.
 
-Reading order: Sampler -> purify -> denoise -> guidance -> joint_conditioned_mean. Below them is what
-every command needs. `train.py` tells the story, `python -m studies.purify` takes your images.
+Reading order: Sampler -> purify -> denoise -> guidance -> joint_conditioned_mean. Below them is
+what every command needs. `train.py` tells the story, `python -m studies.purify` takes your images.
 """
 import argparse
 import math
@@ -58,7 +58,7 @@ class Sampler:
 WEIGHT = 3 * 70000 / (2 * 8 / 255) / 500
 SAMPLERS = {
     "drawings": Sampler(),
-    # photographs bear noise that is slow and coloured: their grey is kept, the rest diffused further
+    # photographs bear slow, coloured noise: their grey is kept, the rest diffused further
     "photographs": Sampler(200, rounds=3, steps=5, pixel_above=0, perceptual_weight=0.0,
                            compare="grey"),
     # the authors' setting, without its faults
@@ -277,7 +277,7 @@ class Progress:
 
 
 def download(address, path):
-    """Fetch (url, sha256) to a path, if one is given and nothing is there; a wrong hash keeps none."""
+    """Fetch (url, sha256) to a path, if one is given and nothing is there, and if its hash fits."""
     if not path or Path(path).exists():
         return
     try:
@@ -293,7 +293,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def open_image(path):
     """The image in a file, upright (EXIF), in mode RGB, RGBA, L or LA; the first of several frames.
 
-    Raises BadInput if it cannot be read whole, is far too large, or has other than 8 bits a channel.
+    Raises BadInput if it cannot be read whole, is far too large, or has not 8 bits a channel.
     """
     try:
         image = Image.open(path)

@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import perceptual
 import train
 import unet
 from attacks import (EPSILON, PROTECTIONS, Protection, Victim, class_scores, crop_flip, min_min,
-                     noise_step, nt_xent_scores, partner_scores, publish, resample)
+                     noise_step, nt_xent_scores, partner_scores, publish)
 from le import BadInput, Sampler, guidance, joint_conditioned_mean, purify
 from perceptual import VGG, PerceptualDistance
 from studies import arrays, handout, purify as own_images
@@ -399,22 +400,16 @@ def test_load_perceptual_refuses_a_U_Net(tmp_path):
 
 # -- attacks.py ------------------------------------------------------------------------------------
 
-def test_resample_applies_row_and_column_matrices():
-    x = torch.randn(2, 3, 4, 5)
-    identity = resample(x, torch.eye(4).expand(2, 4, 4), torch.eye(5).expand(2, 5, 5))
-    assert torch.equal(identity, x)
-    sums = resample(x, torch.ones(2, 1, 4), torch.ones(2, 1, 5))
-    assert torch.allclose(sums, x.sum((2, 3), keepdim=True), atol=1e-5)
-
-
 def test_crop_flip_is_a_shifted_window_of_the_padded_image():
     x = images(64, 8)
     views = crop_flip(x, torch.Generator().manual_seed(0), pad=2)
     padded, seen = F.pad(x, (2, 2, 2, 2)), set()
     for i in range(64):
-        windows = {(dy, dx): padded[i, :, dy:dy + 8, dx:dx + 8] for dy in range(5) for dx in range(5)}
-        match = [(place, flip) for place, window in windows.items() for flip in (False, True)
-                 if torch.equal(views[i], window.flip(2) if flip else window)]
+        match = []
+        for dy, dx in itertools.product(range(5), range(5)):
+            window = padded[i, :, dy:dy + 8, dx:dx + 8]
+            match += [(dy, dx, flip) for flip, candidate in ((False, window), (True, window.flip(2)))
+                      if torch.equal(views[i], candidate)]
         assert len(match) == 1
         seen.add(match[0])
     assert len(seen) > 25                                  # of 50: they vary from image to image
@@ -450,14 +445,15 @@ def test_bilinear_is_pillows(start, length, n_out):
     matrix = attacks.bilinear(torch.tensor([start]), torch.tensor([length]), 32, n_out)
     box = (start, start, start + length, start + length)
     pillow = Image.fromarray(x.numpy()).resize((n_out, n_out), Image.Resampling.BILINEAR, box)
-    got = resample(x[None, None], matrix, matrix)[0, 0]
+    got = (matrix @ x @ matrix.mT)[0]
     assert torch.allclose(got, torch.from_numpy(np.array(pillow)), atol=1e-5)
 
 
 def test_random_resized_crop_draws_boxes_of_the_asked_area_and_aspect():
     ramp = torch.arange(32.0) + 0.5                        # the view says which box it shows
     x = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32), torch.ones(32, 32)])
-    view = attacks.random_resized_crop(x.expand(500, -1, -1, -1), torch.Generator().manual_seed(0), 16)
+    x = x.expand(500, -1, -1, -1)
+    view = attacks.random_resized_crop(x, torch.Generator().manual_seed(0), 16)
     assert view.shape == (500, 3, 16, 16)
     assert torch.allclose(view[:, 2], torch.ones(500, 16, 16))  # weights of a pixel add up to one
     inner = view[:, :2, 4:12, 4:12]
@@ -489,7 +485,7 @@ def test_hue_is_pillows(turn):
     hsv = np.array(pillow_of(x[0]).convert("HSV"))
     hsv[..., 0] += np.uint8(turn % 256)                    # Pillow keeps hue in 8 bits
     expected = np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
-    got = attacks.hue(x, torch.full((1, 1, 1, 1), turn / 256))[0].permute(1, 2, 0) * 255
+    got = attacks.hue(x, torch.full((1, 1, 1, 1), 1 + turn / 256))[0].permute(1, 2, 0) * 255
     error = np.abs(got.numpy() - expected)
     assert np.quantile(error, 0.95) <= 4 and error.max() <= 12
 
@@ -499,7 +495,7 @@ def test_hue_keeps_value_and_chroma_and_leaves_grey_alone():
     y = attacks.hue(x, torch.rand(2, 1, 1, 1))
     assert torch.allclose(y.amax(1), x.amax(1)) and torch.allclose(y.amin(1), x.amin(1), atol=1e-6)
     assert torch.equal(attacks.hue(grey, torch.rand(2, 1, 1, 1)), grey)
-    assert torch.allclose(attacks.hue(x, torch.zeros(1)), x, atol=1e-6)
+    assert torch.allclose(attacks.hue(x, torch.ones(1)), x, atol=1e-6)
 
 
 def test_grayscale_is_pillows_for_a_fifth_of_the_images():
@@ -528,7 +524,7 @@ def test_view_gradient_by_finite_differences(view):
 
 def test_hue_gradient_is_finite_on_grey():
     x = torch.full((1, 3, 4, 4), 0.5).requires_grad_()
-    turned = attacks.hue(x, torch.full((1, 1, 1, 1), 0.1))
+    turned = attacks.hue(x, torch.full((1, 1, 1, 1), 1.1))
     gradient, = torch.autograd.grad(turned.sum(), x)
     assert gradient.isfinite().all()
 
@@ -573,13 +569,13 @@ def test_noise_gradient_adds_up_over_the_images_that_share_a_perturbation():
 def test_min_min_lowers_the_loss_within_epsilon(class_wise):
     x, y = ((0.2 + 0.6 * images(60, 8)) * 255).round() / 255, torch.arange(60) % 3
     seen = []
-    ue = min_min(x, y, PLAIN, class_wise=class_wise, rounds=6, batch_size=20, noise_steps=3, lr=0.01,
-                 report=lambda done, total, accuracy: seen.append((done, total, float(accuracy))))
+    ue = min_min(x, y, PLAIN, class_wise=class_wise, rounds=6, batch_size=20, noise_steps=3,
+                 lr=0.01, report=lambda done, total, loss: seen.append((done, float(loss))))
     net = linear_network(1000)                             # as the surrogate began
     noise = ue - x
     assert 0.9 * EPSILON < noise.abs().max() <= EPSILON + 1e-6 and noise.min() < 0 < noise.max()
     assert F.cross_entropy(net(ue), y) < F.cross_entropy(net(x), y) - 0.1
-    assert [done for done, _, _ in seen] == [1, 2, 3, 4, 5, 6] and seen[-1][2] > 0.9
+    assert [done for done, _ in seen] == [1, 2, 3, 4, 5, 6] and seen[-1][1] < 0.7 * seen[0][1]
     if class_wise:
         assert torch.allclose(noise[y == 1], noise[1].expand(20, -1, -1, -1), atol=1e-6)
 

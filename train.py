@@ -92,15 +92,16 @@ CONFIGS = {
         "noise": {"em-class": dict(rounds=24), "em-sample": dict(rounds=12)}},
     "quick": {"protections": ("em-class",), "ddpm": dict(steps=2000)},
     "released": {"sampler": asdict(le.SAMPLERS["released"])},
-    # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et al.,
-    # VGG-16; contrastive noise by 20 and 20 batches of 512 and one surrogate
+    # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et
+    # al., VGG-16; contrastive noise by 20 and 20 batches of 512 and one surrogate
     "paper": {
         "images": dict(protected=40000, unprotected=9500, validation=500, test=10000),
         "resnet": dict(widths=(64, 64, 128, 256, 512), blocks=2, strides=(1, 2, 2, 2)),
         "classifier": dict(epochs=60),
         "simclr": dict(epochs=200, batch_size=512),
         "contrast": dict(view="simclr", temperature=0.5),
-        "unet": dict(width=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1, patch=1),
+        "unet": dict(width=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
+                     patch=1),
         "ddpm": dict(levels=1000, steps=40000, batch_size=128, lr=2e-4, ema_decay=0.9999),
         "vgg_weights": "runs/vgg16-397923af.pth",
         "lpips": "runs/lpips-vgg.pth",
@@ -345,22 +346,23 @@ def fit(victim, images, labels, *, epochs, batch_size, lr, seed, report):
     generator = torch.Generator().manual_seed(seed * PROCESSES + RANK)
     images, labels = on_device(images[RANK::PROCESSES]), labels[RANK::PROCESSES].to(DEVICE)
     steps = max(1, round(len(images) * PROCESSES / batch_size))
-    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(6, epochs * steps + 1),
-                                                pct_start=0.2)
+    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=True)
+    total = max(6, epochs * steps + 1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=0.2)
     losses = []
     for epoch in range(epochs):
-        total = 0.0
+        summed = 0.0
         for b in torch.randperm(len(images), generator=generator).chunk(steps):
             with le.mixed_precision(DEVICE):
-                scores, answers = victim.scores_and_answers(trained, images[b], labels[b], generator)
+                x, y = images[b], labels[b]
+                scores, answers = victim.scores_and_answers(trained, x, y, generator)
             loss = F.cross_entropy(scores.float(), answers)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             cycle.step()
-            total += loss.detach()
-        losses.append(float(total) / steps)
+            summed += loss.detach()
+        losses.append(float(summed) / steps)
         report(epoch + 1, epochs, loss=losses[-1])
     return dict(config=getattr(net, "config", None), weights=net.state_dict(), losses=losses)
 
@@ -461,8 +463,8 @@ def purified(purifier, net, distance, images, sampler, seed, report):
 
 
 # -- Data: shapes ----------------------------------------------------------------------------------
-# Four copies of one shape, each in its own colour, place, size and turn: the class is the only thing
-# they share. The ground is smooth, so that a protection is easier to see than the shape.
+# Four copies of one shape, each in its own colour, place, size and turn: the class is the only
+# thing they share. The ground is smooth, so that a protection is easier to see than the shape.
 
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "bars", "nut")
 
@@ -480,7 +482,7 @@ def polygon(p, sides, notch=1.0):
 
 
 def signed_distance(shape, p):
-    """Distance of points p (..., 2) to the outline of a shape of radius about 1, negative inside."""
+    """Distance of points p (..., 2) to the outline of a shape of radius about 1, < 0 inside."""
     x, y = p.abs().unbind(-1)
     r, box = p.norm(dim=-1), torch.maximum(x, y)
     match shape:
@@ -527,9 +529,10 @@ def shapes(n, seed, size=32):
         p = p * torch.stack([stretch, 1 / stretch], -1)[:, None, None]
         colour = F.normalize(torch.randn(n, 3, 1, 1, generator=g), dim=1) * 3 ** 0.5
         colour = colour * uniform(g, 0.25, 0.5, n, 1, 1, 1)
-        colour = torch.where((mean + colour - 0.5).abs() > 0.5, -colour, colour)  # not black or white
+        too_far = (mean + colour - 0.5).abs() > 0.5        # black or white
+        colour = torch.where(too_far, -colour, colour)
         for k, shape in enumerate(SHAPES):
-            own = labels == k                              # cover falls from 1 to 0 across the outline
+            own = labels == k                              # cover falls to 0 across the outline
             distance = signed_distance(shape, p[own]) * radius[own].view(-1, 1, 1)
             images[own] += (0.5 - distance).clamp(0, 1)[:, None] * colour[own]
     sun = uniform(g, 0, 2 * math.pi, n, 1, 1)
@@ -578,7 +581,7 @@ def cifar10(root):
 
 
 def folder(root, size):
-    """Images (N, 3, size, size) in [0, 1], labels (N,) and class names of a folder of class folders.
+    """Images (N, 3, size, size) in [0, 1], labels (N,) and class names, from folders of images.
 
     Every image is cropped to its central square and resized. Raises BadInput if there are fewer
     than two classes or a file cannot be read.
@@ -631,7 +634,7 @@ def load_data(c):
     return sets | {name: (images[p], labels[p]) for name, p in zip(counts, parts)}, classes
 
 
-# -- What is made is kept, with a hash of each input and of all the code that it comes from ---------
+# -- What is made is kept, with a hash of each input and of all the code that it comes from --------
 
 MODULES = ("unet", "perceptual", "attacks", "le", "train")
 SOURCES = {str(path): path.read_text()                     # as they were when the program began
@@ -770,8 +773,8 @@ def parse(argv):
         if c.limit and key in SHORTENED and owner is not c.sampler:
             owner[key] = min(owner[key], c.limit)
     check(c)
-    folder = [Path(c.data).resolve().name, options["config"] or "", f"limit{c.limit}" if c.limit else ""]
-    c.run = Path(c.out or "runs/" + "-".join(part for part in folder if part))
+    parts = [Path(c.data).resolve().name, options["config"], f"limit{c.limit}" * bool(c.limit)]
+    c.run = Path(c.out or "runs/" + "-".join(filter(None, parts)))
     return options["stage"], options["download"], c
 
 

@@ -36,7 +36,8 @@ def grayscale(images, sampler):
 
 def by_pillow(change, images):
     """The images after a function of a Pillow image."""
-    made = [change(Image.fromarray(pixels)) for pixels in as_bytes(images).permute(0, 2, 3, 1).numpy()]
+    arrays = as_bytes(images).permute(0, 2, 3, 1).numpy()
+    made = [change(Image.fromarray(pixels)) for pixels in arrays]
     return as_float(torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2))
 
 
@@ -64,7 +65,8 @@ def noise(images, sampler):
     return (images + unet.sigma(sampler.t_star) / 2 * eps).clamp(0, 1)
 
 
-SIMPLE = {"none": none, "grayscale": grayscale, "JPEG 10": jpeg, "median 3x3": median, "noise": noise}
+SIMPLE = {"none": none, "grayscale": grayscale, "JPEG 10": jpeg, "median 3x3": median,
+          "noise": noise}
 
 
 # -- Samplers --------------------------------------------------------------------------------------

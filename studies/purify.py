@@ -133,7 +133,8 @@ def parse(argv):
     parser.add_argument("--lpips", metavar="FILE", help="LPIPS's linear layers for VGG-16")
     parser.add_argument("--download", action="store_true", help="fetch those two to these places")
     parser.add_argument("--seed", type=int, default=0, metavar="", help="default 0")
-    parser.add_argument("--sampler", choices=le.SAMPLERS, default="drawings", help="default drawings")
+    parser.add_argument("--sampler", choices=le.SAMPLERS, default="drawings",
+                        help="default drawings")
     for option in fields(Sampler):
         parser.add_argument(f"--{option.name}", type=option.type, metavar="",
                             help=f"default that of --sampler, such as {option.default}")
