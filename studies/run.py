@@ -17,15 +17,17 @@ def parser_of(name, doc):
 
 
 @contextmanager
-def opened(parser, argv):
-    """The study's own options, the run's configuration, its sets and class names."""
+def opened(parser, argv, alone=()):
+    """The study's own options, the run's configuration, its sets and class names. Only the studies
+    named in `alone` do without a run."""
     with le.one_line_errors(parser.prog):
         options, others = parser.parse_known_args(argv)
         _, _, c = train.parse(others)
-        if not (c.run / "ddpm.pt").exists():
-            raise BadInput(f"{c.run}: no run yet; first `python train.py` with the "
-                           "same options")
-        yield options, c, *train.load_data(c)
+        if not (c.run / "ddpm.pt").exists() and getattr(options, "name", "") not in alone:
+            raise BadInput(f"{c.run}: no run yet; first `python train.py` with the same options")
+        data = train.load_data(c)
+        train.claim(c)
+        yield options, c, *data
 
 
 def networks(c, sets):

@@ -3,31 +3,36 @@
     python -m studies.scenarios NAME [--victims 3]
 
 cross     each protection before the victim that it was not made against
+longer    contrastive noise, and SimCLR that trains for 30, 60 and 120 epochs
 probe     SimCLR's probe trained on clean labelled images, or on the published ones themselves
 code      why views matter: a perfect code for each class, added before the views or after them
 worth     n labelled images of one's own: alone, with UEs, with LEs, with clean images
 part      only a part of what is published is protected, and nobody knows which
+others    protections for which nothing here was tuned (studies/protections.py)
 
 Each prints a table, with the spread over the victims, and writes NAME.json to the run's folder.
 """
 import json
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+import le
 import train
 from attacks import PROTECTIONS, VIEWS, Victim, partner_scores
 from le import BadInput
-from studies.drawing import plot
+from studies.ablation import SIMPLE
+from studies.drawing import grid, plot
+from studies.protections import OTHERS
 from studies.run import networks, opened, parser_of, spread, trained
 
 OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
 
 def shown(accuracies):
-    if len(accuracies) == 1:
-        return f"{accuracies.item():.1f}"
-    return f"{accuracies.mean():.1f} ± {accuracies.std():.1f}"
+    spread = f" ± {accuracies.std():.1f}" if len(accuracies) > 1 else ""
+    return f"{accuracies.mean():.1f}{spread}"
 
 
 def versions(c, name, sets):
@@ -49,6 +54,18 @@ def cross(c, sets, victims):
     return rows
 
 
+def longer(c, sets, victims, protection="cp-class"):
+    """Does a victim that trains for longer get over the noise, or only then fall for it?"""
+    c.evaluate, rows = "validation", []
+    ue = train.protect(c, protection, sets)
+    for epochs in (30, 60, 120):
+        c.simclr["epochs"] = epochs
+        clean = spread(c, "simclr", f"longer-{epochs}-clean", sets["protected"][0], sets, victims)
+        poisoned = spread(c, "simclr", f"longer-{epochs}-ue", ue, sets, victims)
+        rows.append({"epochs": epochs, "clean": shown(clean), "ue": shown(poisoned)})
+    return rows
+
+
 def probe(c, sets, victims):
     """An encoder of clean images; its probe learns from published images and their labels."""
     c.evaluate, labels, rows = "validation", sets["protected"][1], []
@@ -65,10 +82,7 @@ def probe(c, sets, victims):
 def coded_view(x, generator, view, codes):
     """The view of an image, with a code of its own added after it (codes) or not (None)."""
     seen = view(x[:, :3], generator)
-    if codes:
-        code = x[:, 3:, :seen.shape[2], :seen.shape[3]]
-        return seen + code
-    return seen
+    return seen + x[:, 3:, :seen.shape[2], :seen.shape[3]] if codes else seen
 
 
 def fit_coded(victim, **how):
@@ -153,14 +167,43 @@ def part(c, sets, victims, protection="em-sample"):
     return rows
 
 
-SCENARIOS = dict(cross=cross, probe=probe, code=code, worth=worth, part=part)
+def others(c, sets, victims):
+    """UEs, LEs by our sampler and by the released schedule, and what needs no network."""
+    PROTECTIONS.update(OTHERS)
+    c.evaluate, rows, looks = "validation", [], []
+    net, distance = networks(c, sets)
+    released = le.SAMPLERS["released"]
+    samplers = {"released, 20 levels": replace(released, t_star=20, steps=20),
+                "released, 36 levels": released}
+    c.noise |= {name: protection.settings for name, protection in OTHERS.items()}
+    for name, protection in OTHERS.items():
+        found = versions(c, name, sets)
+        looks += [(f"{name}: {what}", found[what][:8]) for what in ("ue", "le")]
+        row = {"protection": name, "PSNR UE": f"{train.psnr(found['ue'], found['clean']):.1f} dB"}
+        for label, sampler in samplers.items():
+            made = train.cached(c, f"others-{name}-{sampler.t_star}", train.purified,
+                                purifier=le.purify, net=net, distance=distance, images=found["ue"],
+                                sampler=sampler, seed=c.seed)
+            found[label] = le.as_float(made["images"])
+        for label in ("JPEG 10", "median 3x3"):
+            found[label] = SIMPLE[label](found["ue"], None)
+        for what, images in found.items():
+            key = "clean" if what == "clean" else f"others-{name}-{what.replace(' ', '-')}"
+            row[what] = shown(spread(c, protection.victim, key, images, sets, victims))
+        rows.append(row)
+    grid(c.run / "others.png", looks, margin=260)
+    return rows
+
+
+SCENARIOS = dict(cross=cross, code=code, longer=longer, probe=probe, worth=worth, part=part,
+                 others=others)
 
 
 def main(argv=None):
     parser = parser_of("scenarios", __doc__)
     parser.add_argument("name", choices=SCENARIOS)
     parser.add_argument("--victims", type=int, default=3, help="default 3")
-    with opened(parser, argv) as (options, c, sets, _):
+    with opened(parser, argv, alone=("code", "longer")) as (options, c, sets, _):
         if options.victims < 1:
             raise BadInput(f"--victims {options.victims}: expected 1 or more")
         rows = SCENARIOS[options.name](c, sets, options.victims)

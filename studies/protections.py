@@ -1,0 +1,91 @@
+"""Other people's protections, for which nothing here was tuned: `python -m studies.scenarios others`
+
+Each has the signature of an entry of `attacks.PROTECTIONS`: (images (N, 3, H, W) in [0, 1], labels
+(N,), victim, *, epsilon, seed, report) -> unlearnable examples of the same shape.
+"""
+from functools import partial
+
+import torch
+
+from attacks import (Protection, Victim, min_min, noise_gradient, noise_step, publish, simclr_view,
+                     train_surrogate)
+
+
+def patches(images, labels, victim, *, epsilon, seed, report, size=8, spread=0.25):
+    """Linearly separable patches, LSP (Yu et al. 2022, "Availability Attacks Create Shortcuts").
+
+    Points around a random corner of a cube for each class, one coordinate a patch and channel, so
+    that a linear classifier tells the classes apart: each patch has one colour, within epsilon.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n, side = len(images), images.shape[-1] // size
+    corners = torch.randint(0, 2, (int(labels.max()) + 1, 3, side, side), generator=generator)
+    points = 2.0 * corners[labels.cpu()] - 1
+    points = points + spread * torch.randn(points.shape, generator=generator)
+    colours = points.clamp(-1, 1).repeat_interleave(size, 2).repeat_interleave(size, 3)
+    report(n, n)
+    return publish(images, epsilon * colours.to(images))
+
+
+def one_pixel(images, labels, victim, *, epsilon, seed, report):
+    """One-pixel shortcut, OPS (Wu et al. 2023): one pixel of each class has one colour, in all its
+    images: the change whose mean is largest for its variance over the class. No place is used
+    twice, and epsilon does not bound the change.
+    """
+    ue, taken = images.clone(), torch.zeros(images.shape[2:], dtype=torch.bool, device=images.device)
+    colours = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).to(images)
+    for k in labels.unique():
+        own = images[labels == k]
+        gains = []
+        for colour in colours:
+            change = (own - colour.view(3, 1, 1)).abs().sum(1)
+            gain = change.mean(0) / change.var(0, correction=0).clamp_min(1e-6)
+            gains.append(gain.masked_fill(taken, 0))
+        best = torch.stack(gains).flatten().argmax().item()
+        colour, place = divmod(best, taken.numel())
+        row, column = divmod(place, images.shape[3])
+        taken[row, column] = True
+        ue[labels == k, :, row, column] = colours[colour]
+        report(int(k) + 1, len(labels.unique()))
+    return publish(ue, 0)
+
+
+def targeted(images, labels, victim, *, epsilon, seed, report, batches=500, steps=30, step=0.1,
+             batch_size=128):
+    """Targeted adversarial poisons, TAP (Fowl et al. 2021, "Adversarial Examples Make Strong
+    Poisons"): noise that a network trained on clean images takes for the third class after theirs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    perturbation, rows = torch.zeros_like(images), torch.arange(len(images))
+    net = victim.network(seed + 1000)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    train_surrogate(net, optimizer, victim, images, labels, perturbation, rows, batches, batch_size,
+                    generator)
+    targets = (labels + 3) % (int(labels.max()) + 1)
+    for b in rows.split(batch_size):
+        for _ in range(steps):
+            gradient = noise_gradient(net, victim, images[b], targets[b], perturbation[b],
+                                      torch.arange(len(b)), generator)
+            perturbation[b] = noise_step(perturbation[b], gradient, step * epsilon, epsilon)
+        report(int(b[-1]) + 1, len(images))
+    return publish(images, perturbation)
+
+
+def augmented_scores(net, x, labels, generator, view):
+    """Which class? Asked of the views that contrastive learning compares."""
+    return net(view(x, generator)), labels
+
+
+def augmented(images, labels, victim, *, view=simclr_view, **how):
+    """Augmented unlearnable examples, AUE (Wang et al. 2024): error-minimizing noise made under the
+    augmentations of contrastive learning, meant for both kinds of victim.
+    """
+    scores = partial(augmented_scores, view=view)
+    return min_min(images, labels, Victim(victim.network, scores), **how)
+
+
+OTHERS = {
+    "patches": Protection(patches),
+    "one-pixel": Protection(one_pixel),
+    "targeted": Protection(targeted),
+    "augmented": Protection(augmented, settings=dict(class_wise=True, rounds=40, noise_batches=10))}
