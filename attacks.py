@@ -189,8 +189,7 @@ def noise_step(perturbation, gradient, step, epsilon):
 
 def train_surrogate(net, optimizer, victim, images, labels, perturbation, rows, batches, size,
                     generator):
-    """min over the weights: steps on `batches` random batches of `size` images + perturbation.
-    Returns the last loss."""
+    """min over the weights: `batches` steps on `size` images + perturbation. Returns the loss."""
     net.train().requires_grad_(True)
     for _ in range(batches):
         b = torch.randperm(len(images), generator=generator)[:size]
@@ -269,7 +268,7 @@ class Protection:
     settings: dict = field(default_factory=dict)
 
 
-# Sample-wise noise starts from the class-wise, as in He et al. 2023
+# Sample-wise noise starts from class-wise noise, as in He et al. 2023
 PROTECTIONS = {
     "em-class": Protection(min_min, settings=dict(class_wise=True, rounds=40, noise_batches=10)),
     "em-sample": Protection(min_min, "classifier", "em-class", dict(
@@ -278,4 +277,4 @@ PROTECTIONS = {
         class_wise=True, surrogates=7, rounds=10, train_batches=16, noise_batches=8, step=0.15,
         batch_size=384)),
     "cp-sample": Protection(min_min, "simclr", "cp-class", dict(
-        surrogates=3, rounds=5, train_batches=30, noise_steps=2, step=1.0, batch_size=256))}
+        rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256))}
