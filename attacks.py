@@ -277,4 +277,4 @@ PROTECTIONS = {
         class_wise=True, surrogates=7, rounds=10, train_batches=16, noise_batches=8, step=0.15,
         batch_size=384)),
     "cp-sample": Protection(min_min, "simclr", "cp-class", dict(
-        rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256))}
+        surrogates=1, rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256))}

@@ -1610,11 +1610,9 @@ with le.processes():
     (["pictures"], ["overview", "forward", "strip", "curves", "confusion", "neighbours"]),
     (["ablation", "--only", "JPEG 10", "--protection", "em-class"], []),
     (["ablation", "--only", "joint, on grey", "--protection", "cp-class"], []),
-    (["scenarios", "cross", "--victims", "1"], []),
-    (["scenarios", "probe"], []),
-    (["scenarios", "code"], []),
-    (["scenarios", "longer", "--victims", "1"], []),
-    (["scenarios", "others", "--victims", "1"], ["others"]),
+    (["scenarios", "cross", "--victims", "1"], ["cross"]), (["scenarios", "code"], ["code"]),
+    (["scenarios", "longer", "--victims", "1"], ["longer"]), (["scenarios", "probe"], ["probe"]),
+    (["scenarios", "others", "--victims", "1"], ["others", "others-images"]),
 ])
 def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
     shutil.copytree(small_run, tmp_path / "run")

@@ -72,3 +72,16 @@ def plot(path, series, x_label, y_label, y_range, size=(900, 520)):
             taken.append(box)
             draw.text(tuple(box[:2]), text, fill=colour)
     canvas.save(path)
+
+
+def plot_columns(path, rows):
+    """A picture of a table of accuracies [{column: text}]: a line for each column, row by row."""
+    first, *columns = rows[0]
+    series = []
+    for column in columns:
+        points = [(i, float(row[column].split()[0]), "") for i, row in enumerate(rows)
+                  if row[column][0].isdigit() and "dB" not in row[column]]
+        if points:
+            series.append((column, points))
+    places = ", ".join(str(row[first]) for row in rows)
+    plot(path, series, f"{first}: {places}", "accuracy on clean images, %", (0, 100))

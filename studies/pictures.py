@@ -3,7 +3,7 @@
     python -m studies.pictures             all of them
     python -m studies.pictures forward     the noise drowns the perturbation before the picture
 
-overview     original, UE, noise x16 and LE of each class, for each protection
+overview     original, UE, noise x16 and LE of each class, for one protection of each kind
 forward      an image and its UE at levels 0, 10, 36, 100, ..., and the distance between the two
 strip        a UE on its way to an LE: x_t at every level that the sampler visits
 curves       loss of classifiers and of SimCLR, by epoch, on clean images, UEs and LEs
@@ -36,12 +36,15 @@ def versions(c, sets):
 
 
 def overview(c, sets, classes, path):
-    """One class a column."""
+    """One class a column. The run's figure.png has every protection."""
     originals, labels = sets["protected"]
     places = first_of_each(labels)
     x = originals[places]
     rows = [("original", x)]
+    first = {PROTECTIONS[name].victim: name for name in reversed(c.protections)}.values()
     for name, (ue, le_) in versions(c, sets).items():
+        if name not in first:
+            continue
         rows += [(f"{name} UE", ue[places]), ("its noise x16", 0.5 + 16 * (ue[places] - x)),
                  (f"{name} LE", le_[places])]
     grid(path, rows, [str(classes[labels[i]])[:10] for i in places])

@@ -10,7 +10,8 @@ worth     n labelled images of one's own: alone, with UEs, with LEs, with clean 
 part      only a part of what is published is protected, and nobody knows which
 others    protections for which nothing here was tuned (studies/protections.py)
 
-Each prints a table, with the spread over the victims, and writes NAME.json to the run's folder.
+Each prints a table, with the spread over the victims, and writes NAME.json and NAME.png to the
+run's folder.
 """
 import json
 from dataclasses import replace
@@ -23,7 +24,7 @@ import train
 from attacks import PROTECTIONS, VIEWS, Victim, partner_scores
 from le import BadInput
 from studies.ablation import SIMPLE
-from studies.drawing import grid, plot
+from studies.drawing import grid, plot_columns
 from studies.protections import OTHERS
 from studies.run import networks, opened, parser_of, spread, trained
 
@@ -136,13 +137,6 @@ def worth(c, sets, victims, protection="em-sample"):
             row[f"own + {what}" if what != "alone" else "own alone"] = shown(
                 spread(c, PROTECTIONS[protection].victim, key, both, mixed, victims))
         rows.append(row)
-    series = []
-    for column in list(rows[0])[1:]:
-        points = [(i, float(row[column].split()[0]), "") for i, row in enumerate(rows)]
-        series.append((column, points))
-    plot(c.run / "worth.png", series,
-         "own images: " + ", ".join(str(row["own images"]) for row in rows),
-         "accuracy on clean images, %", (0, 100))
     return rows
 
 
@@ -191,7 +185,7 @@ def others(c, sets, victims):
             key = "clean" if what == "clean" else f"others-{name}-{what.replace(' ', '-')}"
             row[what] = shown(spread(c, protection.victim, key, images, sets, victims))
         rows.append(row)
-    grid(c.run / "others.png", looks, margin=260)
+    grid(c.run / "others-images.png", looks, margin=260)
     return rows
 
 
@@ -209,6 +203,7 @@ def main(argv=None):
         rows = SCENARIOS[options.name](c, sets, options.victims)
         path = c.run / f"{options.name}.json"
         path.write_text(json.dumps(rows, indent=1) + "\n")
+        plot_columns(path.with_suffix(".png"), rows)
         print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
         for row in rows:
             print("| " + " | ".join(str(value) for value in row.values()) + " |")
