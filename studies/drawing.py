@@ -38,8 +38,9 @@ def round_steps(low, high):
     return np.array([low, high])
 
 
-def plot(path, series, x_label, y_label, y_range, size=(900, 520)):
-    """A picture of series (name, [(x, y, text), ...]), their points joined by lines."""
+def plot(path, series, x_label, y_label, y_range, marks=None, size=(900, 520)):
+    """A picture of series (name, [(x, y, text), ...]), their points joined by lines. Marks of the
+    x axis are {x: text}, by default round numbers."""
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     left, right, top, bottom = 50, size[0] - 190, 30, size[1] - 50
@@ -54,8 +55,8 @@ def plot(path, series, x_label, y_label, y_range, size=(900, 520)):
     for y in round_steps(y_low, y_high):
         draw.line((*place(low, y), *place(high, y)), fill="#dddddd")
         draw.text((6, place(low, y)[1] - 6), f"{y + 0.0:.4g}", fill="black")
-    for x in round_steps(low, high):
-        draw.text((place(x, y_low)[0] - 8, bottom + 6), f"{x:.4g}", fill="black")
+    for x, text in (marks or {x: f"{x:.4g}" for x in round_steps(low, high)}).items():
+        draw.text((place(x, y_low)[0] - 8, bottom + 6), text, fill="black")
     draw.text((left, size[1] - 20), x_label, fill="black")
     draw.text((6, 6), y_label, fill="black")
     taken = []
@@ -83,5 +84,5 @@ def plot_columns(path, rows):
                   if row[column][0].isdigit() and "dB" not in row[column]]
         if points:
             series.append((column, points))
-    places = ", ".join(str(row[first]) for row in rows)
-    plot(path, series, f"{first}: {places}", "accuracy on clean images, %", (0, 100))
+    marks = {i: str(row[first]) for i, row in enumerate(rows)}
+    plot(path, series, first, "accuracy on clean images, %", (0, 100), marks)
