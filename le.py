@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group is made: its defaults keep one that exists from ending
 from PIL import Image, ImageOps
 
 from unet import BadInput, posterior, predict_x0, q_sample, sigma, visited_levels

@@ -1589,7 +1589,7 @@ def test_parallel_averages_the_gradients_of_all_processes(tmp_path):
     program.write_text(f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import torch, le
-with le.processes():
+def both():  # a function: a parallel network that outlives processes() keeps the group from ending
     torch.manual_seed(0)
     alone, x = torch.nn.Conv2d(3, 4, 3), torch.randn(6, 3, 8, 8)
     net = le.parallel(alone)
@@ -1600,6 +1600,8 @@ with le.processes():
     assert torch.allclose(alone.weight.grad, shared, atol=1e-5)
     assert le.summed(torch.ones(2)).tolist() == [2, 2]
     print("averaged")
+with le.processes():
+    both()
 """)
     assert torchrun(HERE, program).split() == ["averaged"]
 
