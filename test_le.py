@@ -211,6 +211,22 @@ def test_sample_strided_over_all_levels_is_ancestral_sampling():
     assert torch.allclose(strided, x, atol=1e-5)
 
 
+@pytest.mark.parametrize("t, s", [(36, 35), (500, 20), (5, 0)])
+def test_ddim_keeps_the_noise_and_its_variance_is_none(t, s):
+    x0, eps = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    mean, var = unet.ddim(x0, q_sample(x0, t, eps), t, s)
+    assert torch.allclose(mean, q_sample(x0, s, eps)) and (var == 0).all()
+
+
+def test_ddim_of_a_perfect_network_takes_any_strides_to_the_same_image():
+    x0, eps = torch.rand(2, 3, 4, 4).double() * 2 - 1, torch.randn(2, 3, 4, 4).double()
+
+    def perfect(xt, t):
+        return (xt - ALPHA_BAR[t].sqrt() * x0) / (1 - ALPHA_BAR[t]).sqrt()
+    for steps in (1, 3, 50):
+        assert torch.allclose(sample(perfect, q_sample(x0, 50, eps), steps, 50, unet.ddim), x0)
+
+
 def test_p_sample_to_level_zero_is_the_clipped_prediction():
     net, xt = awake(UNet(**TINY)), torch.randn(2, 3, 32, 32)
     x0 = predict_x0(xt, 3, net(xt, 3)).clamp(-1, 1)
@@ -1611,6 +1627,7 @@ with le.processes():
 @pytest.mark.parametrize("study, written", [
     (["pictures"], ["overview", "forward", "strip", "curves", "confusion", "neighbours"]),
     (["ablation", "--only", "JPEG 10", "--protection", "em-class"], []),
+    (["ablation", "--only", "unguided, DDIM", "--protection", "em-class"], []),
     (["ablation", "--only", "joint, on grey", "--protection", "cp-class"], []),
     (["scenarios", "cross", "--victims", "1"], ["cross"]), (["scenarios", "code"], ["code"]),
     (["scenarios", "longer", "--victims", "1"], ["longer"]), (["scenarios", "probe"], ["probe"]),

@@ -748,7 +748,7 @@ def value_like(default, text):
 
 CHOICES = {"purifier": le.PURIFIERS, "contrast.view": VIEWS, "evaluate": ("validation", "test")}
 SHORTENED = ("protected", "unprotected", "validation", "test", "epochs", "steps", "rounds",
-             "surrogates", "train_batches", "noise_steps", "warm_up")  # by --limit
+             "surrogates", "train_batches", "noise_steps", "warm_up", "batches")  # by --limit
 
 
 def parse(argv):

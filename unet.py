@@ -65,11 +65,16 @@ def posterior(x0, xt, t, s):
     return mean, var
 
 
-def ddpm_loss(net, x0, t, eps):
-    """Mean squared error of the predicted noise, Ho et al. 2020, Eq. 14 (L_simple).
+def ddim(x0, xt, t, s):
+    """The deterministic stride of Song et al. 2021 (Eq. 12, sigma 0), in the form of `posterior`:
+    the noise in x_t, less of it, in place of new noise."""
+    a = alpha_bar(t, xt)
+    eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
+    return q_sample(x0, s, eps), torch.zeros_like(a)
 
-    x0 and eps (B, 3, H, W); t (B,) in 1..T.
-    """
+
+def ddpm_loss(net, x0, t, eps):
+    """Mean squared error of the predicted noise (Ho et al. 2020, Eq. 14, L_simple); t is (B,)."""
     return F.mse_loss(net(q_sample(x0, t, eps), t), eps)
 
 
@@ -248,24 +253,20 @@ def visited_levels(t_star, steps):
     return [round(t_star * (steps - i) / steps) for i in range(steps + 1)]
 
 
-def p_sample(net, xt, t, s, noise):
-    """One stride of the reverse process, x_t -> x_s (Ho et al. 2020, Algorithm 2, x0 clipped).
-
-    t, s are ints, 0 <= s < t; noise (B, 3, H, W) is standard normal and has no effect at s = 0,
-    where the variance is 0.
-    """
+def p_sample(net, xt, t, s, noise, stride=posterior):
+    """One stride of the reverse process, x_t -> x_s (Ho et al. 2020, Algorithm 2, x0 clipped), with
+    standard normal noise (B, 3, H, W), for ints 0 <= s < t; stride is `posterior` or `ddim`."""
     x0 = predict_x0(xt, t, net(xt, t)).clamp(-1, 1)
-    mean, var = posterior(x0, xt, t, s)
+    mean, var = stride(x0, xt, t, s)
     return mean + var.sqrt() * noise
 
 
 @torch.no_grad()
-def sample(net, xT, steps=T, t_star=T):
-    """New images from noise xT (B, 3, H, W) at level t_star; strided where steps < t_star."""
+def sample(net, xt, steps=T, t_star=T, stride=posterior):
+    """Images from noise xt (B, 3, H, W) at level t_star; strided where steps < t_star."""
     visited = visited_levels(t_star, steps)
-    xt = xT
     for t, s in zip(visited, visited[1:]):
-        xt = p_sample(net, xt, t, s, torch.randn_like(xt))
+        xt = p_sample(net, xt, t, s, torch.randn_like(xt), stride)
     return xt
 
 
@@ -315,9 +316,7 @@ def fit_weights(path, net, weights):
 
 def load(path):
     """The U-Net in a checkpoint of `train.py`, or in google/ddpm-cifar10-32
-    (diffusion_pytorch_model.bin), in evaluation mode.
-    Raises BadInput if the file is something else, naming the first key that differs.
-    """
+    (diffusion_pytorch_model.bin). Raises BadInput, naming the first key that differs, if not."""
     checkpoint = read(path)
     if not isinstance(checkpoint, dict):
         raise BadInput(f"{path}: holds a {type(checkpoint).__name__}, expected a U-Net's weights")

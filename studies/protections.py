@@ -50,7 +50,7 @@ def one_pixel(images, labels, victim, *, epsilon, seed, report):
     return publish(ue, 0)
 
 
-def targeted(images, labels, victim, *, epsilon, seed, report, batches=500, steps=30, step=0.1,
+def targeted(images, labels, victim, *, epsilon, seed, report, batches, steps, step=0.1,
              batch_size=128):
     """Targeted adversarial poisons, TAP (Fowl et al. 2021, "Adversarial Examples Make Strong
     Poisons"): noise that a network trained on clean images takes for the third class after theirs.
@@ -87,5 +87,5 @@ def augmented(images, labels, victim, *, view=simclr_view, **how):
 OTHERS = {
     "patches": Protection(patches),
     "one-pixel": Protection(one_pixel),
-    "targeted": Protection(targeted),
+    "targeted": Protection(targeted, settings=dict(batches=500, steps=30)),
     "augmented": Protection(augmented, settings=dict(class_wise=True, rounds=40, noise_batches=10))}

@@ -163,13 +163,11 @@ def part(c, sets, victims, protection="em-sample"):
 
 def others(c, sets, victims):
     """UEs, LEs by our sampler and by the released schedule, and what needs no network."""
-    PROTECTIONS.update(OTHERS)
     c.evaluate, rows, looks = "validation", [], []
     net, distance = networks(c, sets)
     released = le.SAMPLERS["released"]
     samplers = {"released, 20 levels": replace(released, t_star=20, steps=20),
                 "released, 36 levels": released}
-    c.noise |= {name: protection.settings for name, protection in OTHERS.items()}
     for name, protection in OTHERS.items():
         found = versions(c, name, sets)
         looks += [(f"{name}: {what}", found[what][:8]) for what in ("ue", "le")]
@@ -194,6 +192,8 @@ SCENARIOS = dict(cross=cross, code=code, longer=longer, probe=probe, worth=worth
 
 
 def main(argv=None):
+    PROTECTIONS.update(OTHERS)
+    train.DEFAULTS["noise"] |= {name: protection.settings for name, protection in OTHERS.items()}
     parser = parser_of("scenarios", __doc__)
     parser.add_argument("name", choices=SCENARIOS)
     parser.add_argument("--victims", type=int, default=3, help="default 3")
