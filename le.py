@@ -36,11 +36,11 @@ class Sampler:
     """How to purify. The defaults suit drawings such as the built-in shapes."""
     t_star: int = 100              # noise level that the image is diffused to, 1..1000
     rounds: int = 1                # times that it is diffused and denoised, one after the other
-    steps: int = 8                 # strides from t_star to 0: network evaluations a round
+    steps: int = 4                 # strides from t_star to 0: network evaluations a round
     pixel_weight: float = 5e4      # of the pixel distance,
-    pixel_above: int = 40          # which pulls above this level
+    pixel_above: int = 60          # which pulls above this level
     perceptual_weight: float = 2e3  # of the perceptual distance,
-    perceptual_below: int = 40     # which pulls from this level down
+    perceptual_below: int = 60     # which pulls from this level down
     target: str = "x0"             # x0: predicted x0 and UE are compared; xt: x_t and a noisy UE
     compare: str = "colour"        # what both distances see: colour, or grey (the channels' mean)
 

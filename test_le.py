@@ -1315,7 +1315,7 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
                 raise KeyboardInterrupt
         torch.manual_seed(0)
         net = UNet(**TINY).to(train.DEVICE)
-        return train.train_unet(net, x, levels=20, steps=16, batch_size=4, lr=1e-3, ema_decay=0.9,
+        return train.train_unet(net, x, levels=20, tilt=1.0, steps=16, batch_size=4, lr=1e-3, ema_decay=0.9,
                                 seed=0, report=report, partial=partial, checkpoint_seconds=0)
     whole = run(tmp_path / "a")["weights"]
     with pytest.raises(KeyboardInterrupt):
@@ -1328,7 +1328,7 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
 def test_train_unet_averages_the_weights_with_a_decay_that_ramps_up(tmp_path):
     def weights(ema_decay, steps):
         torch.manual_seed(0)
-        made = train.train_unet(UNet(**TINY), images(4), levels=20, steps=steps, batch_size=4, lr=0.1,
+        made = train.train_unet(UNet(**TINY), images(4), levels=20, tilt=1.0, steps=steps, batch_size=4, lr=0.1,
                                 ema_decay=ema_decay, seed=0, report=silent, partial=tmp_path / "none")
         return made["weights"]["conv_out.bias"]
     torch.manual_seed(0)
@@ -1631,7 +1631,14 @@ with le.processes():
     (["ablation", "--only", "joint, on grey", "--protection", "cp-class"], []),
     (["scenarios", "cross", "--victims", "1"], ["cross"]), (["scenarios", "code"], ["code"]),
     (["scenarios", "longer", "--victims", "1"], ["longer"]), (["scenarios", "probe"], ["probe"]),
-    (["scenarios", "others", "--victims", "1"], ["others", "others-images"]),
+    (["scenarios", "others", "--protections", "targeted"], ["others", "others-images"]),
+    (["scenarios", "few", "--victims", "1"], ["few"]),
+    (["scenarios", "shift", "--victims", "1"], ["shift", "shift-images"]),
+    (["scenarios", "victims", "--victims", "1", "--protections", "em-class"], ["victims"]),
+    (["scenarios", "owner", "--victims", "1"], ["owner"]),
+    (["scenarios", "strides", "--victims", "1", "--protections", "em-class"], ["strides"]),
+    (["scenarios", "worth", "--victims", "1"], ["worth"]),
+    (["scenarios", "part", "--victims", "1"], ["part"]),
 ])
 def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
     shutil.copytree(small_run, tmp_path / "run")

@@ -22,17 +22,7 @@ import unet
 from attacks import PROTECTIONS
 from le import on_device
 from studies.drawing import grid, plot
-from studies.run import first_of_each, networks, opened, parser_of, trained
-
-
-def versions(c, sets):
-    """{protection: (UEs, LEs)} of the run."""
-    net, distance = networks(c, sets)
-    found = {}
-    for name in c.protections:
-        ue = train.protect(c, name, sets)
-        found[name] = ue, train.purify(c, name, ue, net, distance)
-    return found
+from studies.run import first_of_each, networks, opened, parser_of, trained, versions
 
 
 def overview(c, sets, classes, path):
@@ -42,11 +32,11 @@ def overview(c, sets, classes, path):
     x = originals[places]
     rows = [("original", x)]
     first = {PROTECTIONS[name].victim: name for name in reversed(c.protections)}.values()
-    for name, (ue, le_) in versions(c, sets).items():
-        if name not in first:
-            continue
-        rows += [(f"{name} UE", ue[places]), ("its noise x16", 0.5 + 16 * (ue[places] - x)),
-                 (f"{name} LE", le_[places])]
+    for name in first:
+        found = versions(c, name, sets)
+        ue = found["ue"][places]
+        rows += [(f"{name} UE", ue), ("its noise x16", 0.5 + 16 * (ue - x)),
+                 (f"{name} LE", found["le"][places])]
     grid(path, rows, [str(classes[labels[i]])[:10] for i in places])
 
 
@@ -87,12 +77,12 @@ def strip(c, sets, classes, path):
 
 def curves(c, sets, classes, path):
     """One picture for each kind of victim; the second one's name ends in -simclr."""
-    found = versions(c, sets)
     for kind in ("classifier", "simclr"):
-        names = [name for name in found if PROTECTIONS[name].victim == kind]
+        names = [name for name in c.protections if PROTECTIONS[name].victim == kind]
         images = {"clean": sets["protected"][0]}
         for name in names:
-            images |= {f"{name}-ue": found[name][0], f"{name}-le": found[name][1]}
+            found = versions(c, name, sets)
+            images |= {f"{name}-ue": found["ue"], f"{name}-le": found["le"]}
         series = []
         for name in images if names else []:
             train.train_victim(c, kind, name, images[name], sets)
@@ -110,8 +100,8 @@ def of_kind(c, sets, kind):
     name = next((name for name in c.protections if PROTECTIONS[name].victim == kind), None)
     if name is None:
         return {}
-    ue, le_ = versions(c, sets)[name]
-    return {"clean": sets["protected"][0], f"{name}-ue": ue, f"{name}-le": le_}
+    found = versions(c, name, sets)
+    return {"clean": found["clean"], f"{name}-ue": found["ue"], f"{name}-le": found["le"]}
 
 
 def confusion(c, sets, classes, path):

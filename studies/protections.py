@@ -1,4 +1,4 @@
-"""Other people's protections, for which nothing here was tuned: `python -m studies.scenarios others`
+"""Other people's protections, for which nothing was tuned: `python -m studies.scenarios others`
 
 Each has the signature of an entry of `attacks.PROTECTIONS`: (images (N, 3, H, W) in [0, 1], labels
 (N,), victim, *, epsilon, seed, report) -> unlearnable examples of the same shape.

@@ -35,6 +35,19 @@ def networks(c, sets):
     return train.train_ddpm(c, sets), train.train_vgg(c, sets)
 
 
+def versions(c, name, sets):
+    """Clean images, the UEs of a protection of the run and the LEs made from them."""
+    ue = train.protect(c, name, sets)
+    return dict(clean=sets["protected"][0], ue=ue, le=train.purify(c, name, ue, *networks(c, sets)))
+
+
+def repaired(c, key, net, distance, ue, sampler):
+    """LEs by another U-Net or another sampler than the run's."""
+    made = train.cached(c, key, train.purified, purifier=le.purify, net=net, distance=distance,
+                        images=ue, sampler=sampler, seed=c.seed)
+    return le.as_float(made["images"])
+
+
 def first_of_each(labels, n=10):
     """Where the first image of each class is, for at most n classes."""
     return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:n]
@@ -52,6 +65,12 @@ def spread(c, kind, name, images, sets, victims=3):
     """Accuracies (victims,) of victims of several seeds, trained on the images."""
     return torch.tensor([train.train_victim(c, kind, f"{name}-{k}" if k else name, images, sets,
                                             c.seed + k) for k in range(victims)])
+
+
+def shown(accuracies):
+    """Mean and spread of victims' accuracies, as a text."""
+    spread = f" ± {accuracies.std():.1f}" if len(accuracies) > 1 else ""
+    return f"{accuracies.mean():.1f}{spread}"
 
 
 def chosen(rows, only):

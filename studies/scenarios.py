@@ -9,40 +9,36 @@ code      why views matter: a perfect code for each class, added before the view
 worth     n labelled images of one's own: alone, with UEs, with LEs, with clean images
 part      only a part of what is published is protected, and nobody knows which
 others    protections for which nothing here was tuned (studies/protections.py)
+few       how few unprotected images the U-Net needs (studies/prior.py)
+shift     a U-Net that has seen other images than those it purifies
+strides   how many network evaluations an image needs, from none to 36 a round
+victims   other networks than the one that the protection was made against (studies/opponents.py)
+owner     the owner answers: larger noise, and noise that knows the sampler
 
 Each prints a table, with the spread over the victims, and writes NAME.json and NAME.png to the
 run's folder.
 """
 import json
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 import le
 import train
-from attacks import PROTECTIONS, VIEWS, Victim, partner_scores
+from attacks import PROTECTIONS
 from le import BadInput
 from studies.ablation import SIMPLE
+from studies.contrastive import code, longer
 from studies.drawing import grid, plot_columns
+from studies.opponents import owner, victims
+from studies.prior import few, shift
 from studies.protections import OTHERS
-from studies.run import networks, opened, parser_of, spread, trained
+from studies.run import networks, opened, parser_of, repaired, shown, spread, trained, versions
 
 OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
 
-def shown(accuracies):
-    spread = f" ± {accuracies.std():.1f}" if len(accuracies) > 1 else ""
-    return f"{accuracies.mean():.1f}{spread}"
-
-
-def versions(c, name, sets):
-    """Clean images, the UEs of a protection and the LEs made from them."""
-    ue = train.protect(c, name, sets)
-    return dict(clean=sets["protected"][0], ue=ue, le=train.purify(c, name, ue, *networks(c, sets)))
-
-
-def cross(c, sets, victims):
+def cross(c, sets, count):
     """Whoever protects against one kind of learner is not protected against the other."""
     rows = []
     for name in c.protections:
@@ -50,24 +46,12 @@ def cross(c, sets, victims):
         row = {"protection": name, "victim": kind}
         for what, images in versions(c, name, sets).items():
             key = what if what == "clean" else f"{name}-{what}"
-            row[what] = shown(spread(c, kind, key, images, sets, victims))
+            row[what] = shown(spread(c, kind, key, images, sets, count))
         rows.append(row)
     return rows
 
 
-def longer(c, sets, victims, protection="cp-class"):
-    """Does a victim that trains for longer get over the noise, or only then fall for it?"""
-    c.evaluate, rows = "validation", []
-    ue = train.protect(c, protection, sets)
-    for epochs in (30, 60, 120):
-        c.simclr["epochs"] = epochs
-        clean = spread(c, "simclr", f"longer-{epochs}-clean", sets["protected"][0], sets, victims)
-        poisoned = spread(c, "simclr", f"longer-{epochs}-ue", ue, sets, victims)
-        rows.append({"epochs": epochs, "clean": shown(clean), "ue": shown(poisoned)})
-    return rows
-
-
-def probe(c, sets, victims):
+def probe(c, sets, count):
     """An encoder of clean images; its probe learns from published images and their labels."""
     c.evaluate, labels, rows = "validation", sets["protected"][1], []
     net = trained(c, "simclr", "clean", sets["protected"][0], sets)
@@ -80,48 +64,7 @@ def probe(c, sets, victims):
     return rows
 
 
-def coded_view(x, generator, view, codes):
-    """The view of an image, with a code of its own added after it (codes) or not (None)."""
-    seen = view(x[:, :3], generator)
-    return seen + x[:, 3:, :seen.shape[2], :seen.shape[3]] if codes else seen
-
-
-def fit_coded(victim, **how):
-    """`train.fit`, by a function of this file, so that the cache sees its code."""
-    return train.fit(victim, **how)
-
-
-def code(c, sets, victims):
-    """Blocks of +-8/255 that say the class, added before the views or after them.
-
-    A positive control: SimCLR can be fooled by a code; what destroys it is the augmentation.
-    """
-    c.evaluate, rows = "validation", []
-    images, labels = sets["protected"]
-    g = torch.Generator().manual_seed(c.seed)
-    n, size = train.count_classes(sets), images.shape[-1]
-    blocks = torch.randint(0, 2, (n, 3, size // 4, size // 4), generator=g) * 2.0 - 1
-    pattern = (blocks * c.epsilon / 255).repeat_interleave(4, 2).repeat_interleave(4, 3)[labels]
-    config = c.resnet | dict(classes=n)
-    for view_name in VIEWS:
-        row = {"views": view_name}
-        carried = torch.cat([images, pattern], 1)          # the code travels as three more channels
-        for what, x, after in (("clean", images, False), ("code before", images + pattern, False),
-                               ("code after", carried, True)):
-            view = partial(coded_view, view=VIEWS[view_name], codes=after)
-            victim = Victim(partial(train.new_network, train.SimCLR, config), partial(
-                partner_scores, view=view, temperature=c.contrast["temperature"]))
-            made = train.cached(c, f"code-{view_name}-{what.replace(' ', '-')}", fit_coded,
-                                victim=victim, images=x, labels=labels, seed=c.seed, **c.simclr)
-            net = victim.network(c.seed).eval()
-            net.load_state_dict(made["weights"])
-            score = train.linear_probe(net.encoder, sets["unprotected"], sets["validation"])
-            row[what] = f"{score:.1f}"
-        rows.append(row)
-    return rows
-
-
-def worth(c, sets, victims, protection="em-sample"):
+def worth(c, sets, count, protection="em-sample"):
     """The unauthorized user has n labelled images, and the U-Net that all of them trained."""
     c.evaluate, rows = "validation", []
     found = versions(c, protection, sets)
@@ -135,12 +78,12 @@ def worth(c, sets, victims, protection="em-sample"):
             mixed = sets | {"protected": (both, answers)}
             key = f"worth-{protection}-{n}-{what}"
             row[f"own + {what}" if what != "alone" else "own alone"] = shown(
-                spread(c, PROTECTIONS[protection].victim, key, both, mixed, victims))
+                spread(c, PROTECTIONS[protection].victim, key, both, mixed, count))
         rows.append(row)
     return rows
 
 
-def part(c, sets, victims, protection="em-sample"):
+def part(c, sets, count, protection="em-sample"):
     """Everything is purified, protected or not, since nobody knows which is."""
     c.evaluate, rows = "validation", []
     found = versions(c, protection, sets)
@@ -153,42 +96,58 @@ def part(c, sets, victims, protection="em-sample"):
         purified = torch.cat([found["le"][:n], purified_clean[n:]])
         rest = sets | {"protected": (clean[n:], labels[n:])}
         row = {"protected": f"{share} %",
-               "mix": shown(spread(c, kind, f"{key}-mix", mix, sets, victims)),
-               "mix purified": shown(spread(c, kind, f"{key}-purified", purified, sets, victims))}
+               "mix": shown(spread(c, kind, f"{key}-mix", mix, sets, count)),
+               "mix purified": shown(spread(c, kind, f"{key}-purified", purified, sets, count))}
         row["clean part alone"] = "-" if share == 100 else shown(
-            spread(c, kind, f"{key}-rest", clean[n:], rest, victims))
+            spread(c, kind, f"{key}-rest", clean[n:], rest, count))
         rows.append(row)
     return rows
 
 
-def others(c, sets, victims):
+def strides(c, sets, count):
+    """How many network evaluations does an image need?"""
+    c.evaluate, rows = "validation", []
+    net, distance = networks(c, sets)
+    for steps in (0, 1, 2, 4, 8, 16, 36):
+        row = {"evaluations": steps * c.sampler["rounds"]}
+        for name in c.protections:
+            images, key = train.protect(c, name, sets), f"strides-{name}-{steps}"
+            if steps:
+                sampler = le.Sampler(**c.sampler | dict(steps=steps))
+                images = repaired(c, f"{key}-le", net, distance, images, sampler)
+            kind = PROTECTIONS[name].victim
+            row[name] = shown(spread(c, kind, key, images, sets, count))
+        rows.append(row)
+    return rows
+
+
+def others(c, sets, count):
     """UEs, LEs by our sampler and by the released schedule, and what needs no network."""
     c.evaluate, rows, looks = "validation", [], []
     net, distance = networks(c, sets)
     released = le.SAMPLERS["released"]
     samplers = {"released, 20 levels": replace(released, t_star=20, steps=20),
                 "released, 36 levels": released}
-    for name, protection in OTHERS.items():
-        found = versions(c, name, sets)
+    for name in [name for name in OTHERS if name in c.protections] or OTHERS:
+        found, kind = versions(c, name, sets), PROTECTIONS[name].victim
         looks += [(f"{name}: {what}", found[what][:8]) for what in ("ue", "le")]
         row = {"protection": name, "PSNR UE": f"{train.psnr(found['ue'], found['clean']):.1f} dB"}
         for label, sampler in samplers.items():
-            made = train.cached(c, f"others-{name}-{sampler.t_star}", train.purified,
-                                purifier=le.purify, net=net, distance=distance, images=found["ue"],
-                                sampler=sampler, seed=c.seed)
-            found[label] = le.as_float(made["images"])
+            key = f"others-{name}-{sampler.t_star}"
+            found[label] = repaired(c, key, net, distance, found["ue"], sampler)
         for label in ("JPEG 10", "median 3x3"):
             found[label] = SIMPLE[label](found["ue"], None)
         for what, images in found.items():
             key = "clean" if what == "clean" else f"others-{name}-{what.replace(' ', '-')}"
-            row[what] = shown(spread(c, protection.victim, key, images, sets, victims))
+            row[what] = shown(spread(c, kind, key, images, sets, count))
         rows.append(row)
     grid(c.run / "others-images.png", looks, margin=260)
     return rows
 
 
 SCENARIOS = dict(cross=cross, code=code, longer=longer, probe=probe, worth=worth, part=part,
-                 others=others)
+                 others=others, few=few, shift=shift, victims=victims, owner=owner,
+                 strides=strides)
 
 
 def main(argv=None):

@@ -1,0 +1,157 @@
+"""Other victims, and an owner who answers: `python -m studies.scenarios victims`, or `owner`."""
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import le
+import train
+import unet
+from attacks import PROTECTIONS, VIEWS, Victim, class_scores, min_min, partner_scores
+from studies.run import networks, repaired, shown, spread, versions
+
+
+# -- Victims that the protection did not expect ----------------------------------------------------
+
+class Transformer(nn.Module):
+    """A small vision transformer on patches (Dosovitskiy et al. 2021): (B, 3, H, W) -> (B, c, H /
+    patch, W / patch)."""
+
+    def __init__(self, c, size, patch=4, depth=4):
+        super().__init__()
+        self.patches = nn.Conv2d(3, c, patch, patch)
+        self.place = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, c))
+        layer = nn.TransformerEncoderLayer(c, 4, 2 * c, 0.0, F.gelu, batch_first=True,
+                                           norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(c),
+                                            enable_nested_tensor=False)
+
+    def forward(self, x):
+        patches = self.patches(x)
+        tokens = self.layers(patches.flatten(2).mT + self.place)
+        return tokens.mT.reshape(patches.shape)
+
+
+def plain(c):
+    """Three times two convolutions, without shortcuts: (B, 3, H, W) -> (B, c, H / 8, W / 8)."""
+    layers = []
+    for c_in, c_out in ((3, c // 4), (c // 4, c // 2), (c // 2, c)):
+        layers += [train.conv_norm(c_in, c_out, 3), nn.ReLU(), train.conv_norm(c_out, c_out, 3),
+                   nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers)
+
+
+def encoder(kind, size, widths, classes):
+    """A network like train.ResNet with other layers between the image and the mean of its maps."""
+    net = train.ResNet(widths=widths[-1:], blocks=1, strides=(), classes=classes)
+    net.levels = plain(widths[-1]) if kind == "plain" else Transformer(widths[-1], size)
+    return net
+
+
+def contrastive(kind, size, widths, classes):
+    """train.SimCLR with such an encoder."""
+    net = train.SimCLR(widths=widths, blocks=1, strides=(2,) * (len(widths) - 1), classes=classes)
+    net.encoder = encoder(kind, size, widths, classes)
+    return net
+
+
+def fit(victim, **how):
+    """`train.fit`, by a function of this file, so that the cache sees its code."""
+    return train.fit(victim, **how)
+
+
+def opponents(c, sets):
+    """{name: (kind, victim, settings of its training)}. Transformers take time, small steps."""
+    config = dict(size=c.size, widths=c.resnet["widths"], classes=train.count_classes(sets))
+    patient = c.classifier | dict(epochs=4 * c.classifier["epochs"], lr=0.02)
+    views = partial(partner_scores, view=VIEWS[c.contrast["view"]],
+                    temperature=c.contrast["temperature"])
+    return {
+        "plain network": ("classifier", Victim(partial(
+            train.new_network, encoder, config | dict(kind="plain")), class_scores), c.classifier),
+        "transformer": ("classifier", Victim(partial(
+            train.new_network, encoder, config | dict(kind="transformer")), class_scores), patient),
+        "SimCLR, plain network": ("simclr", Victim(partial(
+            train.new_network, contrastive, config | dict(kind="plain")), views), c.simclr)}
+
+
+def score(c, victim, training, key, images, sets, seed):
+    """Accuracy of an opponent trained on the images, by its probe if it is an encoder."""
+    made = train.cached(c, key, fit, victim=victim, images=images, labels=sets["protected"][1],
+                        seed=seed, **training)
+    net = victim.network(seed).eval()
+    net.load_state_dict(made["weights"])
+    if isinstance(net, train.SimCLR):
+        return train.linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
+    return train.accuracy(net, *sets[c.evaluate])
+
+
+def victims(c, sets, count):
+    """Noise is made against a ResNet; does it hold against others, and do LEs help them?"""
+    c.evaluate, rows = "validation", []
+    for name in c.protections:
+        found, kind = versions(c, name, sets), PROTECTIONS[name].victim
+        row = {"victim": f"ResNet, {name}"}
+        for what, images in found.items():
+            key = what if what == "clean" else f"{name}-{what}"
+            row[what] = shown(spread(c, kind, key, images, sets, count))
+        rows.append(row)
+        for opponent, (learns, victim, training) in opponents(c, sets).items():
+            if learns != kind:
+                continue
+            row = {"victim": f"{opponent}, {name}"}
+            for what, images in found.items():
+                key = f"victims-{opponent.replace(', ', '-').replace(' ', '-')}-"
+                key += what if what == "clean" else f"{name}-{what}"
+                row[what] = shown(torch.tensor([
+                    score(c, victim, training, f"{key}-{k}", images, sets, c.seed + k)
+                    for k in range(count)]))
+            rows.append(row)
+    return rows
+
+
+# -- The owner answers -----------------------------------------------------------------------------
+
+def scores_after_a_stride(net, x, labels, generator, prior, level):
+    """The choice of a classifier that sees what the U-Net makes of the diffused images."""
+    x = 2 * x - 1
+    eps = torch.randn(x.shape, generator=generator).to(x)
+    xt = unet.q_sample(x, level, eps)
+    x0 = unet.predict_x0(xt, level, prior(xt, level)).clamp(-1, 1)
+    return class_scores(net, x0 / 2 + 0.5, labels, generator)
+
+
+def through_the_sampler(images, labels, victim, *, prior, level, **how):
+    """Error-minimizing noise that is to survive the sampler's first stride, without guidance."""
+    scores = partial(scores_after_a_stride, prior=prior, level=level)
+    return min_min(images, labels, Victim(victim.network, scores), **how)
+
+
+def published(**inputs):
+    """`train.published`, by a function of this file, so that the cache sees its code."""
+    return train.published(through_the_sampler, **inputs)
+
+
+def owner(c, sets, count, protection="em-class"):
+    """Does larger noise survive, or noise that knows the sampler and its U-Net?"""
+    c.evaluate, rows = "validation", []
+    net, distance = networks(c, sets)
+    (images, labels), kind = sets["protected"], PROTECTIONS[protection].victim
+    sampler, victim = le.Sampler(**c.sampler), train.victim_of(c, kind, sets)
+    how = dict(images=images, labels=labels, victim=victim, seed=c.seed, **c.noise[protection])
+    clean = shown(spread(c, kind, "clean", images, sets, count))
+    for epsilon in (c.epsilon, 2 * c.epsilon):
+        plain_noise = train.cached(c, f"owner-{epsilon:g}-plain", train.published,
+                                   protection=PROTECTIONS[protection].make, epsilon=epsilon / 255,
+                                   **how)
+        knowing = train.cached(c, f"owner-{epsilon:g}-knowing", published, prior=net,
+                               level=sampler.t_star, epsilon=epsilon / 255, **how)
+        for what, made in (("as before", plain_noise), ("knows the sampler", knowing)):
+            key, ue = f"owner-{epsilon:g}-{what.split()[0]}", le.as_float(made["images"])
+            learnable = repaired(c, f"{key}-le", net, distance, ue, sampler)
+            rows.append({"noise": f"{what}, {epsilon:g}/255",
+                         "PSNR UE": f"{train.psnr(ue, images):.1f} dB", "clean": clean,
+                         "ue": shown(spread(c, kind, f"{key}-ue", ue, sets, count)),
+                         "le": shown(spread(c, kind, f"{key}-le", learnable, sets, count))})
+    return rows
