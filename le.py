@@ -186,8 +186,7 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
 PURIFIERS = {"joint": purify}
 
 
-# -- What every command needs ----------------------------------------------------------------------
-# Errors in one line, progress, downloads, images, and processes that share the work (torchrun).
+# -- What every command needs: errors in one line, progress, downloads, images, torchrun -----------
 
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))

@@ -1338,6 +1338,22 @@ def test_train_unet_averages_the_weights_with_a_decay_that_ramps_up(tmp_path):
     assert torch.allclose(weights(0.999, 1), 0.1 * start + 0.9 * trained, atol=1e-7)
 
 
+def test_train_unet_draws_levels_by_their_noise(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(net, x0, t, eps):
+        seen.append(t)
+        return ddpm_loss(net, x0, t, eps)
+    monkeypatch.setattr(train, "ddpm_loss", spy)
+    for tilt in (0.0, 2.0):
+        seen.clear()
+        train.train_unet(UNet(**TINY), images(4), levels=20, tilt=tilt, steps=4, batch_size=500,
+                         lr=0.01, ema_decay=0.9, seed=0, report=silent, partial=tmp_path / "none")
+        share = torch.cat(seen).bincount(minlength=21)[1:] / 2000
+        variance = (1 - ALPHA_BAR[1:21]) ** (tilt / 2)
+        assert (share - variance / variance.sum()).abs().max() < 0.025
+
+
 # -- train.py: what is kept ------------------------------------------------------------------------
 
 SMALL = ["--limit", "4", "--resnet.widths", "8,8,8", "--resnet.strides", "2,2", "--unet.width", "8",
