@@ -27,7 +27,7 @@ import tarfile
 import textwrap
 import time
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -661,30 +661,40 @@ def digest(thing):
     return sha256(shown.encode()).hexdigest()
 
 
+@cache
+def definitions(source):
+    """[(name, its syntax, names it uses)] of what a file defines; docstrings do not count."""
+    found = []
+    for node in ast.parse(source).body:
+        uses = set()
+        for part in ast.walk(node):
+            if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part):
+                del part.body[0]
+            elif isinstance(part, ast.Name):
+                uses.add(part.id)
+            elif isinstance(part, ast.Attribute) and getattr(part.value, "id", "") in MODULES:
+                uses.add(part.attr)                        # such as `load` in unet.load
+        for part in [node, *getattr(node, "targets", [])]:
+            name = getattr(part, "name", getattr(part, "id", None))
+            found.append((name, ast.dump(node), uses))
+    return found
+
+
 def code_of(make, inputs):
     """{name: hash} of each function, class and constant of the project that `make`, or something
     that the inputs name, reaches by its names. Comments and docstrings do not count."""
     own = inspect.getsourcefile(make)                      # of a study, or of somebody's protection
     sources = {own: Path(own).read_text()} | SOURCES
     known, found = {}, {}
-    for node in [node for text in sources.values() for node in ast.parse(text).body]:
-        for part in [node, *getattr(node, "targets", [])]:
-            name = getattr(part, "name", getattr(part, "id", None))
-            known.setdefault(name, []).append(node)        # two files may use a name
+    for definition in [d for source in sources.values() for d in definitions(source)]:
+        known.setdefault(definition[0], []).append(definition)  # two files may use a name
     waiting = {make.__name__, *re.findall(r"\w+", repr(inputs))}
     while waiting:
         name = waiting.pop()
-        if name not in known or name in found:
-            continue
-        for node in known[name]:
-            for part in ast.walk(node):
-                if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part):
-                    del part.body[0]
-                elif isinstance(part, ast.Name):
-                    waiting.add(part.id)
-                elif isinstance(part, ast.Attribute) and getattr(part.value, "id", "") in MODULES:
-                    waiting.add(part.attr)                 # such as `load` in unet.load
-            found[name] = digest(found.get(name, "") + ast.dump(node))
+        if name in known and name not in found:
+            for _, syntax, uses in known[name]:
+                found[name] = digest(found.get(name, "") + syntax)
+                waiting |= uses
     return found
 
 
