@@ -31,8 +31,10 @@ def overview(c, sets, classes, path):
     places = first_of_each(labels)
     x = originals[places]
     rows = [("original", x)]
-    first = {PROTECTIONS[name].victim: name for name in reversed(c.protections)}.values()
-    for name in first:
+    first = {}
+    for name in c.protections:
+        first.setdefault(PROTECTIONS[name].victim, name)
+    for name in first.values():
         found = versions(c, name, sets)
         ue = found["ue"][places]
         rows += [(f"{name} UE", ue), ("its noise x16", 0.5 + 16 * (ue - x)),
@@ -75,9 +77,13 @@ def strip(c, sets, classes, path):
     grid(path, rows, ["original", "UE", *(f"t = {t}" for t in visited), "LE"])
 
 
+TITLES = {"classifier": "cross-entropy of classifiers: on UEs it falls before there is time to learn",
+          "simclr": "NT-Xent of SimCLR: on UEs it falls before there is time to learn"}
+
+
 def curves(c, sets, classes, path):
     """One picture for each kind of victim; the second one's name ends in -simclr."""
-    for kind in ("classifier", "simclr"):
+    for kind, title in TITLES.items():
         names = [name for name in c.protections if PROTECTIONS[name].victim == kind]
         images = {"clean": sets["protected"][0]}
         for name in names:
@@ -92,7 +98,7 @@ def curves(c, sets, classes, path):
             values = [loss for _, points in series for _, loss, _ in points]
             y_range = (min(values) - 0.05, min(max(values), min(values) + 2.2))
             target = path if kind == "classifier" else path.with_stem(f"{path.stem}-simclr")
-            plot(target, series, "epoch", f"training loss of a {kind}", y_range)
+            plot(target, series, "epoch", title, y_range)
 
 
 def of_kind(c, sets, kind):
