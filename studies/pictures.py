@@ -77,7 +77,7 @@ def strip(c, sets, classes, path):
     grid(path, rows, ["original", "UE", *(f"t = {t}" for t in visited), "LE"])
 
 
-TITLES = {"classifier": "cross-entropy of classifiers: on UEs it falls before there is time to learn",
+TITLES = {"classifier": "loss of classifiers: on UEs it falls before there is time to learn",
           "simclr": "NT-Xent of SimCLR: on UEs it falls before there is time to learn"}
 
 

@@ -31,7 +31,7 @@ from studies.ablation import SIMPLE
 from studies.contrastive import code, longer
 from studies.drawing import grid, plot_columns
 from studies.opponents import owner, victims
-from studies.prior import few, shift
+from studies.prior import few, prior, shift
 from studies.protections import OTHERS
 from studies.run import networks, opened, parser_of, repaired, shown, spread, trained, versions
 
@@ -65,20 +65,29 @@ def probe(c, sets, count):
 
 
 def worth(c, sets, count, protection="em-sample"):
-    """The unauthorized user has n labelled images, and the U-Net that all of them trained."""
+    """The unauthorized user has n labelled images, and for the U-Net all others without labels, or
+    none. LEs by pixel distance: the run's perceptual one has learned from labels he lacks. Victims
+    of few images train for as many steps as the story's.
+    """
     c.evaluate, rows = "validation", []
-    found = versions(c, protection, sets)
-    (own, own_labels), labels = sets["unprotected"], sets["protected"][1]
-    for n in (64, 256, 1024, len(own)):
+    (own, own_labels), (clean, labels) = sets["unprotected"], sets["protected"]
+    ue, epochs = train.protect(c, protection, sets), c.classifier["epochs"]
+    net, _ = networks(c, sets)
+    pixels = replace(le.Sampler(**c.sampler), perceptual_weight=0.0, pixel_above=0)
+    by_all = repaired(c, "worth-le", net, None, ue, pixels)
+    for n in sorted({min(n, len(own)) for n in (64, 256, 1024, len(own))}):
+        by_few = by_all
+        if n < len(own):
+            by_few = repaired(c, f"worth-{n}-le", prior(c, f"few-{n}", own[:n]), None, ue, pixels)
         row = {"own images": n}
-        for what in ("alone", "ue", "le", "clean"):
-            more = found[what] if what != "alone" else own[:0]
+        for what, more in {"alone": own[:0], "and UE": ue, "and LE": by_all,
+                           "and LE, U-Net of own": by_few, "and clean": clean}.items():
             both = torch.cat([own[:n], more])
             answers = torch.cat([own_labels[:n], labels[:len(more)]])
             mixed = sets | {"protected": (both, answers)}
-            key = f"worth-{protection}-{n}-{what}"
-            row[f"own + {what}" if what != "alone" else "own alone"] = shown(
-                spread(c, PROTECTIONS[protection].victim, key, both, mixed, count))
+            c.classifier["epochs"] = max(epochs, epochs * len(clean) // len(both))
+            key = f"worth-{protection}-{n}-{what.replace(',', '').replace(' ', '-')}"
+            row[what] = shown(spread(c, "classifier", key, both, mixed, count))
         rows.append(row)
     return rows
 
