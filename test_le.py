@@ -64,6 +64,14 @@ def images(n, size=32):
     return torch.randint(0, 256, (n, 3, size, size)) / 255
 
 
+def refusal(main, arguments, capsys, code=2):
+    """What a program says on stderr as it stops."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == code
+    return capsys.readouterr().err
+
+
 def slope_and_gradient(function, x, h=1e-6):
     """The derivative of a scalar function along a random direction: measured, and by autograd."""
     x = x.detach().requires_grad_()
@@ -1084,10 +1092,8 @@ def test_main_purify_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys
     (tmp_path / "in").mkdir()
     np.save("in/a.npy", np.zeros((1, 8, 8, 3), np.uint8))
     picture("RGB").save("in/a.png")
-    with pytest.raises(SystemExit) as stop:
-        own_images.main(arguments)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and message in said and said.count("\n") == 1
+    said = refusal(own_images.main, arguments, capsys)
+    assert message in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -1099,9 +1105,7 @@ def test_main_purify_refuses_targets_that_are_taken(tmp_path, checkpoints, capsy
         picture("RGB").save(source / name)
         if name == "a.jpg":
             picture("RGB").save(source / "a.jpg.png")
-        with pytest.raises(SystemExit) as stop:
-            own_images.main([str(source), str(out), *checkpoints])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert message in refusal(own_images.main, [source, out, *checkpoints], capsys)
         for file in source.iterdir():
             file.unlink()
 
@@ -1114,9 +1118,8 @@ def test_main_purify_takes_names_of_any_bytes_and_length(tmp_path, checkpoints, 
         picture("RGB").save(source / "a.jpg" if name.endswith(b"jpg") else source / "a.png")
         os.rename(source / ("a.jpg" if name.endswith(b"jpg") else "a.png"),
                   os.path.join(os.fsencode(source), name))
-    with pytest.raises(SystemExit) as stop:
-        own_images.main([str(source), str(out), *checkpoints])
-    assert stop.value.code == 1 and "its name leaves no room" in capsys.readouterr().err
+    said = refusal(own_images.main, [source, out, *checkpoints], capsys, code=1)
+    assert "its name leaves no room" in said
     assert sorted(os.listdir(os.fsencode(out))) == [b"\xc3\xbc.png", b"\xff\xfe.jpg.png"]
 
 
@@ -1486,12 +1489,10 @@ def test_main_runs_on_a_folder_that_keeps_its_runs_apart(tmp_path, monkeypatch, 
     train.main(["--data", str(class_folders(tmp_path / "a" / "pets")), *small])
     assert "| em-class |" in capsys.readouterr().out
     assert not (tmp_path / "runs" / "pets-limit4" / "vgg.pt").exists()  # nothing perceptual there
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--data", str(class_folders(tmp_path / "b" / "pets")), *small])
-    assert stop.value.code == 2 and "belongs to --data" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--data", str(class_folders(tmp_path / "few", 2)), "--out", "few-run"])
-    assert stop.value.code == 2 and "two or more images" in capsys.readouterr().err
+    other = ["--data", class_folders(tmp_path / "b" / "pets"), *small]
+    assert "belongs to --data" in refusal(train.main, other, capsys)
+    few = ["--data", class_folders(tmp_path / "few", 2), "--out", "few-run"]
+    assert "two or more images" in refusal(train.main, few, capsys)
     assert not list((tmp_path / "few-run").glob("*.pt"))
 
 
@@ -1506,10 +1507,8 @@ def test_main_ddpm_goes_on_from_a_checkpoint(tmp_path, capsys):
 
 
 def test_main_stops_in_one_line_when_a_loss_is_not_a_number(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["ddpm", *SMALL, "--perceptual.lr", "1e9", "--out", str(tmp_path / "run")])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "vgg: " in said and "a lower learning rate" in said
+    wild = ["ddpm", *SMALL, "--perceptual.lr", "1e9", "--out", tmp_path / "run"]
+    assert "vgg: " in (said := refusal(train.main, wild, capsys)) and "a lower learning rate" in said
     assert not (tmp_path / "run" / "vgg.pt").exists()
 
 
@@ -1567,10 +1566,9 @@ def test_main_interrupted_shows_no_traceback_and_says_how_to_go_on(tmp_path, ear
 def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        train.main([*arguments, *([] if "--limit" in arguments else ["--limit", "4"])])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and message in said and said.count("\n") == 1
+    short = [] if "--limit" in arguments else ["--limit", "4"]
+    said = refusal(train.main, [*arguments, *short], capsys)
+    assert message in said and said.count("\n") == 1
     assert not list(tmp_path.rglob("*.pt"))                # nothing half-written
     assert "--unet_start" in arguments or len(list(tmp_path.iterdir())) == 1
 
@@ -1674,10 +1672,8 @@ def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
 ])
 def test_main_studies_say_in_one_line_what_they_lack(tmp_path, capsys, study, message):
     module = __import__(f"studies.{study[0]}", fromlist=["main"])
-    with pytest.raises(SystemExit) as stop:
-        module.main([*study[1:], "--out", str(tmp_path / "none")])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and message in said and said.count("\n") == 1
+    said = refusal(module.main, [*study[1:], "--out", tmp_path / "none"], capsys)
+    assert message in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("program", [train, own_images, handout, *map(importlib.import_module, (

@@ -32,7 +32,8 @@ def one_pixel(images, labels, victim, *, epsilon, seed, report):
     images: the change whose mean is largest for its variance over the class. No place is used
     twice, and epsilon does not bound the change.
     """
-    ue, taken = images.clone(), torch.zeros(images.shape[2:], dtype=torch.bool, device=images.device)
+    ue = images.clone()
+    taken = torch.zeros(images.shape[2:], dtype=torch.bool, device=images.device)
     colours = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).to(images)
     for k in labels.unique():
         own = images[labels == k]
