@@ -1318,8 +1318,9 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
                 raise KeyboardInterrupt
         torch.manual_seed(0)
         net = UNet(**TINY).to(train.DEVICE)
-        return train.train_unet(net, x, levels=20, tilt=1.0, steps=16, batch_size=4, lr=1e-3, ema_decay=0.9,
-                                seed=0, report=report, partial=partial, checkpoint_seconds=0)
+        return train.train_unet(net, x, levels=20, tilt=1.0, steps=16, batch_size=4, lr=1e-3,
+                                ema_decay=0.9, seed=0, report=report, partial=partial,
+                                checkpoint_seconds=0)
     whole = run(tmp_path / "a")["weights"]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", stop=8)
@@ -1331,8 +1332,9 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
 def test_train_unet_averages_the_weights_with_a_decay_that_ramps_up(tmp_path):
     def weights(ema_decay, steps):
         torch.manual_seed(0)
-        made = train.train_unet(UNet(**TINY), images(4), levels=20, tilt=1.0, steps=steps, batch_size=4, lr=0.1,
-                                ema_decay=ema_decay, seed=0, report=silent, partial=tmp_path / "none")
+        made = train.train_unet(UNet(**TINY), images(4), levels=20, tilt=1.0, steps=steps,
+                                batch_size=4, lr=0.1, ema_decay=ema_decay, seed=0, report=silent,
+                                partial=tmp_path / "none")
         return made["weights"]["conv_out.bias"]
     torch.manual_seed(0)
     start = UNet(**TINY).conv_out.bias.detach()

@@ -21,7 +21,7 @@ import train
 import unet
 from le import as_bytes, as_float, on_device
 from studies.drawing import grid, plot
-from studies.run import chosen, first_of_each, networks, opened, parser_of, spread
+from studies.run import chosen, first_of_each, networks, opened, parser_of, repaired, spread
 
 
 # -- What needs no network -------------------------------------------------------------------------
@@ -137,9 +137,8 @@ def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):
         made, evaluations = SIMPLE[label](ue, le.Sampler(**c.sampler)), 0
     else:
         make = purified_by_ddim if label == "unguided, DDIM" else train.purified
-        stage = train.cached(c, key, make, purifier=le.purify, net=net, distance=distance,
-                             images=ue, sampler=sampler, seed=c.seed)
-        made, evaluations = as_float(stage["images"]), sampler.rounds * sampler.steps
+        made = repaired(c, key, net, distance, ue, sampler, make)
+        evaluations = sampler.rounds * sampler.steps
     accuracies = spread(c, train.PROTECTIONS[name].victim, key, made, sets)
     lost = clean - accuracies if lost is None else lost    # the first row: nothing is done
     row = dict(countermeasure=label, accuracy=accuracies.mean().item(),

@@ -5,7 +5,7 @@ import torch
 
 import train
 from attacks import VIEWS, Victim, partner_scores
-from studies.run import shown, spread
+from studies.run import judged, shown, spread
 
 
 def coded_view(x, generator, view, codes):
@@ -39,11 +39,8 @@ def code(c, sets, count):
             view = partial(coded_view, view=VIEWS[view_name], codes=after)
             victim = Victim(partial(train.new_network, train.SimCLR, config), partial(
                 partner_scores, view=view, temperature=c.contrast["temperature"]))
-            made = train.cached(c, f"code-{view_name}-{what.replace(' ', '-')}", fit_coded,
-                                victim=victim, images=x, labels=labels, seed=c.seed, **c.simclr)
-            net = victim.network(c.seed).eval()
-            net.load_state_dict(made["weights"])
-            score = train.linear_probe(net.encoder, sets["unprotected"], sets["validation"])
+            key = f"code-{view_name}-{what.replace(' ', '-')}"
+            score = judged(c, key, fit_coded, victim, c.simclr, x, sets, c.seed)
             row[what] = f"{score:.1f}"
         rows.append(row)
     return rows

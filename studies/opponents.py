@@ -9,7 +9,7 @@ import le
 import train
 import unet
 from attacks import PROTECTIONS, VIEWS, Victim, class_scores, min_min, partner_scores
-from studies.run import networks, repaired, shown, spread, versions
+from studies.run import accuracies_on, judged, networks, repaired, shown, spread, versions
 
 
 # -- Victims that the protection did not expect ----------------------------------------------------
@@ -76,27 +76,13 @@ def opponents(c, sets):
             train.new_network, contrastive, config | dict(kind="plain")), views), c.simclr)}
 
 
-def score(c, victim, training, key, images, sets, seed):
-    """Accuracy of an opponent trained on the images, by its probe if it is an encoder."""
-    made = train.cached(c, key, fit, victim=victim, images=images, labels=sets["protected"][1],
-                        seed=seed, **training)
-    net = victim.network(seed).eval()
-    net.load_state_dict(made["weights"])
-    if isinstance(net, train.SimCLR):
-        return train.linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
-    return train.accuracy(net, *sets[c.evaluate])
-
-
 def victims(c, sets, count):
     """Noise is made against a ResNet; does it hold against others, and do LEs help them?"""
     c.evaluate, rows = "validation", []
     for name in c.protections:
         found, kind = versions(c, name, sets), PROTECTIONS[name].victim
-        row = {"victim": f"ResNet, {name}"}
-        for what, images in found.items():
-            key = what if what == "clean" else f"{name}-{what}"
-            row[what] = shown(spread(c, kind, key, images, sets, count))
-        rows.append(row)
+        rows.append({"victim": f"ResNet, {name}"}
+                    | accuracies_on(c, kind, name, found, sets, count))
         for opponent, (learns, victim, training) in opponents(c, sets).items():
             if learns != kind:
                 continue
@@ -105,7 +91,7 @@ def victims(c, sets, count):
                 key = f"victims-{opponent.replace(', ', '-').replace(' ', '-')}-"
                 key += what if what == "clean" else f"{name}-{what}"
                 row[what] = shown(torch.tensor([
-                    score(c, victim, training, f"{key}-{k}", images, sets, c.seed + k)
+                    judged(c, f"{key}-{k}", fit, victim, training, images, sets, c.seed + k)
                     for k in range(count)]))
             rows.append(row)
     return rows

@@ -37,12 +37,13 @@ def denoising_psnr(net, images, sampler):
     return sum(levels) / len(levels)
 
 
-def row_of(c, key, net, distance, sets, ue, protection, count):
-    """What a U-Net is worth as a prior: a row without its name, and the LEs."""
+def row_of(c, study, key, net, distance, sets, ue, protection, count):
+    """What a U-Net is worth as a prior: a row without its name, and the LEs. Clean images and UEs
+    are the study's, whichever the U-Net."""
     kind, sampler = PROTECTIONS[protection].victim, le.Sampler(**c.sampler)
     made = repaired(c, f"{key}-le", net, distance, ue, sampler)
-    accuracies = [spread(c, kind, f"{key}-{what}", images, sets, count) for what, images in (
-        ("clean", sets["protected"][0]), ("ue", ue), ("le", made))]
+    accuracies = [spread(c, kind, name, images, sets, count) for name, images in (
+        (f"{study}-clean", sets["protected"][0]), (f"{study}-ue", ue), (f"{key}-le", made))]
     clean, on_ue, on_le = [part.mean().item() for part in accuracies]
     share = train.recovery(clean, on_ue, on_le)
     row = {"denoising": f"{denoising_psnr(net, sets['validation'][0], sampler):.1f} dB"}
@@ -57,7 +58,7 @@ def few(c, sets, count, protection="em-sample"):
     net, distance = networks(c, sets)
     for n in sorted({min(n, len(images)) for n in (64, 256, 1024, len(images))}):
         own = net if n == len(images) else prior(c, f"few-{n}", images[:n])
-        row, _ = row_of(c, f"few-{n}", own, distance, sets, ue, protection, count)
+        row, _ = row_of(c, "few", f"few-{n}", own, distance, sets, ue, protection, count)
         rows.append({"images": n} | row)
     return rows
 
@@ -87,7 +88,7 @@ def shift(c, sets, count, protection="em-sample"):
     for what in ("like them", *others):
         key = f"shift-{what.replace(' ', '-')}"
         own = prior(c, key, others[what]) if what in others else net
-        row, made = row_of(c, key, own, distance, judged, ue, protection, count)
+        row, made = row_of(c, "shift", key, own, distance, judged, ue, protection, count)
         rows.append({"the prior has seen": what} | row)
         looks.append((f"LE, {what}", made[places]))
     grid(c.run / "shift-images.png", looks, margin=200)

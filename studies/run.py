@@ -41,10 +41,10 @@ def versions(c, name, sets):
     return dict(clean=sets["protected"][0], ue=ue, le=train.purify(c, name, ue, *networks(c, sets)))
 
 
-def repaired(c, key, net, distance, ue, sampler):
+def repaired(c, key, net, distance, ue, sampler, make=train.purified):
     """LEs by another U-Net or another sampler than the run's."""
-    made = train.cached(c, key, train.purified, purifier=le.purify, net=net, distance=distance,
-                        images=ue, sampler=sampler, seed=c.seed)
+    made = train.cached(c, key, make, purifier=le.purify, net=net, distance=distance, images=ue,
+                        sampler=sampler, seed=c.seed)
     return le.as_float(made["images"])
 
 
@@ -71,6 +71,27 @@ def shown(accuracies):
     """Mean and spread of victims' accuracies, as a text."""
     spread = f" ± {accuracies.std():.1f}" if len(accuracies) > 1 else ""
     return f"{accuracies.mean():.1f}{spread}"
+
+
+def accuracies_on(c, kind, prefix, found, sets, count):
+    """{what: mean and spread} of victims trained on each of the images in `found`."""
+    row = {}
+    for what, images in found.items():
+        key = what if what == "clean" else f"{prefix}-{what.replace(' ', '-')}"
+        row[what] = shown(spread(c, kind, key, images, sets, count))
+    return row
+
+
+def judged(c, key, make, victim, training, images, sets, seed):
+    """Accuracy of a victim that the story does not know, by its probe if it is an encoder. `make`
+    is `train.fit` by a function of the study's file, so that the cache sees the study's code."""
+    made = train.cached(c, key, make, victim=victim, images=images, labels=sets["protected"][1],
+                        seed=seed, **training)
+    net = victim.network(seed).eval()
+    net.load_state_dict(made["weights"])
+    if isinstance(net, train.SimCLR):
+        return train.linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
+    return train.accuracy(net, *sets[c.evaluate])
 
 
 def chosen(rows, only):

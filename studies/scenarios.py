@@ -33,7 +33,8 @@ from studies.drawing import grid, plot_columns
 from studies.opponents import owner, victims
 from studies.prior import few, prior, shift
 from studies.protections import OTHERS
-from studies.run import networks, opened, parser_of, repaired, shown, spread, trained, versions
+from studies.run import (accuracies_on, networks, opened, parser_of, repaired, shown, spread,
+                         trained, versions)
 
 OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
@@ -43,11 +44,9 @@ def cross(c, sets, count):
     rows = []
     for name in c.protections:
         kind = OTHER[PROTECTIONS[name].victim]
-        row = {"protection": name, "victim": kind}
-        for what, images in versions(c, name, sets).items():
-            key = what if what == "clean" else f"{name}-{what}"
-            row[what] = shown(spread(c, kind, key, images, sets, count))
-        rows.append(row)
+        found = versions(c, name, sets)
+        rows.append({"protection": name, "victim": kind}
+                    | accuracies_on(c, kind, name, found, sets, count))
     return rows
 
 
@@ -146,10 +145,7 @@ def others(c, sets, count):
             found[label] = repaired(c, key, net, distance, found["ue"], sampler)
         for label in ("JPEG 10", "median 3x3"):
             found[label] = SIMPLE[label](found["ue"], None)
-        for what, images in found.items():
-            key = "clean" if what == "clean" else f"others-{name}-{what.replace(' ', '-')}"
-            row[what] = shown(spread(c, kind, key, images, sets, count))
-        rows.append(row)
+        rows.append(row | accuracies_on(c, kind, f"others-{name}", found, sets, count))
     grid(c.run / "others-images.png", looks, margin=260)
     return rows
 
