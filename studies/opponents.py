@@ -15,13 +15,16 @@ from studies.run import accuracies_on, judged, networks, repaired, shown, spread
 # -- Victims that the protection did not expect ----------------------------------------------------
 
 class Transformer(nn.Module):
-    """A small vision transformer on patches (Dosovitskiy et al. 2021): (B, 3, H, W) -> (B, c, H /
-    patch, W / patch)."""
+    """A small vision transformer (Dosovitskiy et al. 2021) whose patches of 4x4 pixels are read by
+    convolutions, with which it learns from few images (Xiao et al. 2021): (B, 3, H, W) -> (B, c,
+    H / 4, W / 4)."""
 
-    def __init__(self, c, size, patch=4, depth=4):
+    def __init__(self, c, size, depth=4):
         super().__init__()
-        self.patches = nn.Conv2d(3, c, patch, patch)
-        self.place = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, c))
+        self.patches = nn.Sequential(train.conv_norm(3, c // 2, 3, 2), nn.ReLU(),
+                                     train.conv_norm(c // 2, c, 3, 2), nn.ReLU(),
+                                     nn.Conv2d(c, c, 1))
+        self.place = nn.Parameter(0.02 * torch.randn((size // 4) ** 2, c))
         layer = nn.TransformerEncoderLayer(c, 4, 2 * c, 0.0, F.gelu, batch_first=True,
                                            norm_first=True)
         self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(c),

@@ -116,7 +116,7 @@ def strides(c, sets, count):
     """How many network evaluations does an image need?"""
     c.evaluate, rows = "validation", []
     net, distance = networks(c, sets)
-    for steps in (0, 1, 2, 4, 8, 16, 36):
+    for steps in (0, 1, 2, 4, 8, 36):
         row = {"evaluations": steps * c.sampler["rounds"]}
         for name in c.protections:
             images, key = train.protect(c, name, sets), f"strides-{name}-{steps}"
