@@ -60,7 +60,7 @@ WEIGHT = 3 * 70000 / (2 * 8 / 255) / 500
 SAMPLERS = {
     "drawings": Sampler(),
     # photographs bear slow, coloured noise: their grey is kept, the rest diffused further
-    "photographs": Sampler(200, rounds=3, steps=5, pixel_above=0, perceptual_weight=0.0,
+    "photographs": Sampler(200, rounds=4, steps=2, pixel_above=0, perceptual_weight=0.0,
                            compare="grey"),
     # the authors' setting, without its faults
     "released": Sampler(36, rounds=4, steps=36, pixel_weight=WEIGHT, pixel_above=10,

@@ -38,7 +38,7 @@ from attacks import (EPSILON, PROTECTIONS, Protection, Victim, class_scores, cro
                      noise_step, nt_xent_scores, partner_scores, publish)
 from le import BadInput, Sampler, guidance, joint_conditioned_mean, purify
 from perceptual import VGG, PerceptualDistance
-from studies import arrays, handout, purify as own_images
+from studies import arrays, handout, pictures, purify as own_images
 from unet import (ALPHA_BAR, BETA, T, UNet, ddpm_loss, p_sample, posterior, predict_x0, q_sample,
                   sample, sigma, visited_levels)
 
@@ -1647,7 +1647,8 @@ with le.processes():
     (["ablation", "--only", "joint, on grey", "--protection", "cp-class"], []),
     (["scenarios", "cross", "--victims", "1"], ["cross"]), (["scenarios", "code"], ["code"]),
     (["scenarios", "longer", "--victims", "1"], ["longer"]), (["scenarios", "probe"], ["probe"]),
-    (["scenarios", "others", "--protections", "targeted"], ["others", "others-images"]),
+    (["scenarios", "others", "--protections", "targeted", "--sampler.perceptual_weight", "0"],
+     ["others", "others-images"]),                         # as on photographs
     (["scenarios", "few", "--victims", "1"], ["few"]),
     (["scenarios", "shift", "--victims", "1"], ["shift", "shift-images"]),
     (["scenarios", "victims", "--victims", "1", "--protections", "em-class"], ["victims"]),
@@ -1665,6 +1666,15 @@ def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
     assert ("ddpm: kept" in said or name == "scenarios") and (written or said.count("|") > 10)
     for picture_name in written:
         assert Image.open(tmp_path / "run" / f"{picture_name}.png").width > 300
+
+
+def test_main_pictures_puts_answers_of_scenarios_side_by_side(tmp_path, small_run):
+    shutil.copytree(small_run, tmp_path / "run")
+    for name in ("few", "part"):
+        rows = [{name: f"{n} %", "mix": f"{n} ± 1.0", "PSNR": "9 dB"} for n in (20, 50)]
+        (tmp_path / "run" / f"{name}.json").write_text(json.dumps(rows))
+    pictures.main(["scenarios", *SMALL, "--out", str(tmp_path / "run")])
+    assert Image.open(tmp_path / "run" / "scenarios.png").size == (2 * 620, 400)
 
 
 @pytest.mark.parametrize("study, message", [

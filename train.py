@@ -88,7 +88,7 @@ CONFIGS = {
         "simclr": dict(epochs=60, lr=0.2),
         "contrast": dict(view="simclr", temperature=0.2),
         "unet": dict(width=48),
-        "ddpm": dict(levels=250, steps=10000),
+        "ddpm": dict(levels=250, steps=6000),
         "perceptual": dict(epochs=40),
         "sampler": asdict(le.SAMPLERS["photographs"]),
         "noise": {"em-class": dict(rounds=24), "em-sample": dict(rounds=12)}},

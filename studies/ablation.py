@@ -198,7 +198,9 @@ def trade_off(result, path):
     series += [(label, [points[label][:2] + ("",)]) for label in points
                if label not in labels and by_name[label]["evaluations"]]
     low = min(y for _, part in series for _, y, _ in part)
-    plot(path, series, "PSNR to the original, dB", "accuracy on clean images, %", (low - 2, 100))
+    picture = plot(series, "PSNR to the original, dB", "accuracy on clean images, %",
+                   (low - 2, 100))
+    picture.save(path)
 
 
 def main(argv=None):

@@ -38,7 +38,7 @@ def round_steps(low, high):
     return np.array([low, high])
 
 
-def plot(path, series, x_label, y_label, y_range, marks=None, size=(900, 520)):
+def plot(series, x_label, y_label, y_range, marks=None, size=(900, 520)):
     """A picture of series (name, [(x, y, text), ...]), their points joined by lines. Marks of the
     x axis are {x: text}, by default round numbers."""
     canvas = Image.new("RGB", size, "white")
@@ -72,10 +72,10 @@ def plot(path, series, x_label, y_label, y_range, marks=None, size=(900, 520)):
                 box += (0, 12, 0, 12)                      # below the label that is there already
             taken.append(box)
             draw.text(tuple(box[:2]), text, fill=colour)
-    canvas.save(path)
+    return canvas
 
 
-def plot_columns(path, rows):
+def plot_columns(rows, title="accuracy on clean images, %", size=(900, 520)):
     """A picture of a table of accuracies [{column: text}]: a line for each column, row by row."""
     first, *columns = rows[0]
     series = []
@@ -85,4 +85,13 @@ def plot_columns(path, rows):
         if points:
             series.append((column, points))
     marks = {i: str(row[first]) for i, row in enumerate(rows)}
-    plot(path, series, first, "accuracy on clean images, %", (0, 100), marks)
+    return plot(series, first, title, (0, 100), marks, size)
+
+
+def beside(pictures):
+    """Pictures of one size, from left to right."""
+    width, height = pictures[0].size
+    canvas = Image.new("RGB", (width * len(pictures), height))
+    for i, picture in enumerate(pictures):
+        canvas.paste(picture, (i * width, 0))
+    return canvas

@@ -9,7 +9,9 @@ strip        a UE on its way to an LE: x_t at every level that the sampler visit
 curves       loss of classifiers and of SimCLR, by epoch, on clean images, UEs and LEs
 confusion    what classifiers trained on clean images, UEs and LEs take clean images for
 neighbours   the unprotected images that SimCLR finds most like a test image
+scenarios    answers of `studies.scenarios` worth, few and part, where they have been asked
 """
+import json
 import sys
 from functools import partial
 
@@ -21,7 +23,7 @@ import train
 import unet
 from attacks import PROTECTIONS
 from le import on_device
-from studies.drawing import grid, plot
+from studies.drawing import beside, grid, plot, plot_columns
 from studies.run import first_of_each, networks, opened, parser_of, trained, versions
 
 
@@ -98,7 +100,7 @@ def curves(c, sets, classes, path):
             values = [loss for _, points in series for _, loss, _ in points]
             y_range = (min(values) - 0.05, min(max(values), min(values) + 2.2))
             target = path if kind == "classifier" else path.with_stem(f"{path.stem}-simclr")
-            plot(target, series, "epoch", title, y_range)
+            plot(series, "epoch", title, y_range).save(target)
 
 
 def of_kind(c, sets, kind):
@@ -142,8 +144,24 @@ def neighbours(c, sets, classes, path, count=4):
         grid(path, rows, (["test image", "its neighbours"] + [""] * count) * 3, margin=170)
 
 
+QUESTIONS = {"worth": "what LEs add to n images of one's own: accuracy, %",
+             "few": "n unprotected images for the U-Net: accuracy, %",
+             "part": "a share of what is published is protected: accuracy, %"}
+
+
+def scenarios(c, sets, classes, path):
+    """What `studies.scenarios` found, of these questions, where it has been asked."""
+    plots = []
+    for name, title in QUESTIONS.items():
+        answer = c.run / f"{name}.json"
+        if answer.exists():
+            plots.append(plot_columns(json.loads(answer.read_text()), title, (620, 400)))
+    if plots:
+        beside(plots).save(path)
+
+
 PICTURES = dict(overview=overview, forward=forward, strip=strip, curves=curves, confusion=confusion,
-                neighbours=neighbours)
+                neighbours=neighbours, scenarios=scenarios)
 
 
 def main(argv=None):

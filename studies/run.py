@@ -1,6 +1,7 @@
 """The run that a study looks at: its command line, its data and what the story made of it."""
 import argparse
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 
@@ -31,14 +32,16 @@ def opened(parser, argv, alone=()):
 
 
 def networks(c, sets):
-    """The U-Net and the perceptual distance of the run."""
-    return train.train_ddpm(c, sets), train.train_vgg(c, sets)
+    """The U-Net of the run, and a perceptual distance even where its sampler does without."""
+    both = SimpleNamespace(**vars(c) | dict(sampler=c.sampler | dict(perceptual_weight=1.0)))
+    return train.train_ddpm(c, sets), train.train_vgg(both, sets)
 
 
 def versions(c, name, sets):
     """Clean images, the UEs of a protection of the run and the LEs made from them."""
+    net, distance = train.train_ddpm(c, sets), train.train_vgg(c, sets)
     ue = train.protect(c, name, sets)
-    return dict(clean=sets["protected"][0], ue=ue, le=train.purify(c, name, ue, *networks(c, sets)))
+    return dict(clean=sets["protected"][0], ue=ue, le=train.purify(c, name, ue, net, distance))
 
 
 def repaired(c, key, net, distance, ue, sampler, make=train.purified):

@@ -167,7 +167,7 @@ def main(argv=None):
         rows = SCENARIOS[options.name](c, sets, options.victims)
         path = c.run / f"{options.name}.json"
         path.write_text(json.dumps(rows, indent=1) + "\n")
-        plot_columns(path.with_suffix(".png"), rows)
+        plot_columns(rows).save(path.with_suffix(".png"))
         print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
         for row in rows:
             print("| " + " | ".join(str(value) for value in row.values()) + " |")
