@@ -9,6 +9,7 @@ and .png, accuracy against fidelity, and a picture for each question, are in the
 """
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -60,9 +61,8 @@ def median(images, sampler):
 
 
 def noise(images, sampler):
-    """As much as the sampler adds."""
     eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return (images + unet.sigma(sampler.t_star) / 2 * eps).clamp(0, 1)
+    return (images + unet.sigma(sampler.t_star) / 2 * eps).clamp(0, 1)  # as the sampler adds
 
 
 SIMPLE = {"none": none, "grayscale": grayscale, "JPEG 10": jpeg, "median 3x3": median,
@@ -189,18 +189,16 @@ def table(result):
 
 def trade_off(result, path):
     """Accuracy against fidelity: the joint sampler by its weight, and every other."""
-    by_name = {r["countermeasure"]: r for r in result["rows"]}
-    labels = ["unguided", "joint, weights x 0.25", "joint, weights x 0.5", "joint",
-              "joint, weights x 2", "joint, weights x 4"]
-    points = {label: (r["psnr"], r["accuracy"], label.removeprefix("joint, weights "))
+    by_name = {r["countermeasure"]: r for r in result["rows"] if r["evaluations"]}
+    points = {label: (r["psnr"], r["accuracy"], re.sub("joint, |weights ", "", label))
               for label, r in by_name.items()}
-    series = [("by weight", [points[label] for label in labels if label in points])]
-    series += [(label, [points[label][:2] + ("",)]) for label in points
-               if label not in labels and by_name[label]["evaluations"]]
+    weights = ["unguided", "joint, weights x 0.25", "joint, weights x 0.5", "joint",
+               "joint, weights x 2", "joint, weights x 4"]
+    series = [("joint, by weight", [points[label] for label in weights if label in points])]
+    series += [("", [point]) for label, point in points.items() if label not in weights]
     low = min(y for _, part in series for _, y, _ in part)
-    picture = plot(series, "PSNR to the original, dB", "accuracy on clean images, %",
-                   (low - 2, 100))
-    picture.save(path)
+    title = "accuracy, %: more weight makes truer images, and in the end protected ones again"
+    plot(series, "PSNR to the original, dB", title, (low - 2, 100)).save(path)
 
 
 def main(argv=None):

@@ -27,7 +27,7 @@ import le
 import train
 from attacks import PROTECTIONS
 from le import BadInput
-from studies.ablation import SIMPLE
+from studies.ablation import SIMPLE, slug
 from studies.contrastive import code, longer
 from studies.drawing import grid, plot_columns
 from studies.opponents import owner, victims
@@ -129,24 +129,37 @@ def strides(c, sets, count):
     return rows
 
 
-def others(c, sets, count):
-    """UEs, LEs by our sampler and by the released schedule, and what needs no network."""
+def others(c, sets, count, most=3000):
+    """UEs, LEs by our sampler, by what it differs in from the released one, by the released one,
+    and what needs no network; of `most` images, since the released schedule takes its time."""
     c.evaluate, rows, looks = "validation", [], []
+    clean, labels = [part[:most] for part in sets["protected"]]
+    sets = sets | {"protected": (clean, labels)}
     net, distance = networks(c, sets)
-    released = le.SAMPLERS["released"]
-    samplers = {"released, 20 levels": replace(released, t_star=20, steps=20),
-                "released, 36 levels": released}
+    ours, released = le.Sampler(**c.sampler), le.SAMPLERS["released"]
+    other = "colour" if ours.compare == "grey" else "grey"
+    samplers = {
+        "le": ours,
+        f"on {other}": replace(ours, compare=other),
+        "half the level": replace(ours, t_star=ours.t_star // 2),
+        "one round": replace(ours, rounds=1),
+        "released, 20 levels": replace(released, t_star=20, steps=20),
+        "released, 36 levels": released}
     for name in [name for name in OTHERS if name in c.protections] or OTHERS:
-        found, kind = versions(c, name, sets), PROTECTIONS[name].victim
-        looks += [(f"{name}: {what}", found[what][:8]) for what in ("ue", "le")]
-        row = {"protection": name, "PSNR UE": f"{train.psnr(found['ue'], found['clean']):.1f} dB"}
-        for label, sampler in samplers.items():
-            key = f"others-{name}-{sampler.t_star}"
-            found[label] = repaired(c, key, net, distance, found["ue"], sampler)
+        kind, ue = PROTECTIONS[name].victim, train.protect(c, name, sets)
+        found = {"clean": clean, "ue": ue}
         for label in ("JPEG 10", "median 3x3"):
-            found[label] = SIMPLE[label](found["ue"], None)
-        rows.append(row | accuracies_on(c, kind, f"others-{name}", found, sets, count))
-    grid(c.run / "others-images.png", looks, margin=260)
+            found[label] = SIMPLE[label](ue, None)
+        for label, sampler in samplers.items():
+            key = f"others-{name}-{slug(label)}-images"
+            found[label] = repaired(c, key, net, distance, ue, sampler)
+        looks += [(f"{name}: {what}", found[what][:8]) for what in ("ue", "le")]
+        row = {"protection": name, "PSNR UE": f"{train.psnr(ue, clean):.1f} dB"}
+        for what, images in found.items():
+            key = f"others-{what}" if what == "clean" else f"others-{name}-{slug(what)}"
+            row[what] = shown(spread(c, kind, key, images, sets, count))
+        rows.append(row)
+    grid(c.run / "others-images.png", looks, margin=130)
     return rows
 
 
