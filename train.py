@@ -705,14 +705,14 @@ def cached(c, name, make, **inputs):
     that went into it. Says what it keeps, and what has changed where it makes something again.
     """
     path = c.run / f"{name}.pt"
-    parts = {key: digest(value) for key, value in inputs.items()} | code_of(make, inputs)
-    parts["device"] = DEVICE
+    code = dict(sorted(code_of(make, inputs).items()))
+    parts = {key: digest(value) for key, value in inputs.items()} | code | dict(device=DEVICE)
     why = ""
     if path.exists():
         try:
             made = unet.read(path)
             old = made["parts"]
-            changed = sorted(key for key in old | parts if old.get(key) != parts.get(key))
+            changed = [key for key in parts | old if old.get(key) != parts.get(key)]
         except (ValueError, KeyError, TypeError):
             changed = [f"the file {path} is damaged"]
         if not changed:
