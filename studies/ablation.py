@@ -190,13 +190,13 @@ def table(result):
 def trade_off(result, path):
     """Accuracy against fidelity: the joint sampler by its weight, and every other."""
     by_name = {r["countermeasure"]: r for r in result["rows"] if r["evaluations"]}
-    points = {label: (r["psnr"], r["accuracy"], re.sub("joint, |weights ", "", label))
+    points = {label: (r["psnr"], r["accuracy"], 0, re.sub("joint, |weights ", "", label))
               for label, r in by_name.items()}
     weights = ["unguided", "joint, weights x 0.25", "joint, weights x 0.5", "joint",
                "joint, weights x 2", "joint, weights x 4"]
     series = [("joint, by weight", [points[label] for label in weights if label in points])]
     series += [("", [point]) for label, point in points.items() if label not in weights]
-    low = min(y for _, part in series for _, y, _ in part)
+    low = min(y for _, part in series for _, y, *_ in part)
     title = "accuracy, %: more weight makes truer images, and in the end protected ones again"
     plot(series, "PSNR to the original, dB", title, (low - 2, 100)).save(path)
 

@@ -1,4 +1,6 @@
 """Pictures of images in rows, and plots, by Pillow."""
+import re
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -39,12 +41,12 @@ def round_steps(low, high):
 
 
 def plot(series, x_label, y_label, y_range, marks=None, size=(900, 520)):
-    """A picture of series (name, [(x, y, text), ...]), their points joined by lines. Marks of the
-    x axis are {x: text}, by default round numbers."""
+    """A picture of series (name, [(x, y, spread of y, text), ...]), their points joined by lines.
+    Marks of the x axis are {x: text}, by default round numbers."""
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     left, right, top, bottom = 50, size[0] - 190, 30, size[1] - 50
-    xs = [x for _, points in series for x, _, _ in points]
+    xs = [x for _, points in series for x, *_ in points]
     low, high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = y_range
 
@@ -63,8 +65,9 @@ def plot(series, x_label, y_label, y_range, marks=None, size=(900, 520)):
     for i, (name, points) in enumerate(series):
         colour = COLOURS[i % len(COLOURS)]
         draw.text((right + 20, top + 16 * i), name, fill=colour)
-        draw.line([place(x, y) for x, y, _ in points], fill=colour, width=2)
-        for x, y, text in points:
+        draw.line([place(x, y) for x, y, *_ in points], fill=colour, width=2)
+        for x, y, spread, text in points:
+            draw.line((*place(x, y - spread), *place(x, y + spread)), fill=colour)
             x, y = place(x, y)
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
             box = np.array([x + 7, y - 6, x + 7 + draw.textlength(text), y + 6])
@@ -75,17 +78,49 @@ def plot(series, x_label, y_label, y_range, marks=None, size=(900, 520)):
     return canvas
 
 
+def accuracy_in(text):
+    """(mean, spread) in a text such as 97.1 ± 0.8; None if it is something else."""
+    found = re.fullmatch(r"([\d.]+)(?: ± ([\d.]+))?", text)
+    return found and (float(found[1]), float(found[2] or 0))
+
+
 def plot_columns(rows, title="accuracy on clean images, %", size=(900, 520)):
     """A picture of a table of accuracies [{column: text}]: a line for each column, row by row."""
     first, *columns = rows[0]
     series = []
     for column in columns:
-        points = [(i, float(row[column].split()[0]), "") for i, row in enumerate(rows)
-                  if row[column][0].isdigit() and "dB" not in row[column]]
+        found = [(i, accuracy_in(row[column])) for i, row in enumerate(rows)]
+        points = [(i, *accuracy, "") for i, accuracy in found if accuracy]
         if points:
             series.append((column, points))
     marks = {i: str(row[first]) for i, row in enumerate(rows)}
     return plot(series, first, title, (0, 100), marks, size)
+
+
+def plot_rows(rows, title="accuracy on clean images, %", margin=180, across=540):
+    """The same where rows have names: a line of dots for each row, in a colour for each column."""
+    first, *columns = rows[0]
+    columns = [column for column in columns if any(accuracy_in(row[column]) for row in rows)]
+    height = 60 + 24 * max(len(rows), len(columns))
+    canvas = Image.new("RGB", (margin + across + 180, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((6, 6), title, fill="black")
+    for accuracy in range(0, 101, 20):
+        x = margin + across * accuracy / 100
+        draw.line((x, 40, x, canvas.height - 10), fill="#dddddd")
+        draw.text((x - 6, 24), str(accuracy), fill="black")
+    for j, column in enumerate(columns):
+        colour = COLOURS[j % len(COLOURS)]
+        draw.text((margin + across + 30, 44 + 24 * j), column, fill=colour)
+        for i, row in enumerate(rows):
+            y = 50 + 24 * i
+            draw.text((6, y - 6), str(row[first]), fill="black")
+            if found := accuracy_in(row[column]):
+                low, x, high = [margin + across * value / 100 for value in
+                                (found[0] - found[1], found[0], found[0] + found[1])]
+                draw.line((low, y, high, y), fill=colour, width=2)
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+    return canvas
 
 
 def beside(pictures):

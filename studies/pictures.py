@@ -95,9 +95,9 @@ def curves(c, sets, classes, path):
         for name in images if names else []:
             train.train_victim(c, kind, name, images[name], sets)
             losses = unet.read(c.run / f"{kind}-{name}.pt")["losses"]
-            series.append((name, [(i, loss, "") for i, loss in enumerate(losses, 1)]))
+            series.append((name, [(i, loss, 0, "") for i, loss in enumerate(losses, 1)]))
         if series:
-            values = [loss for _, points in series for _, loss, _ in points]
+            values = [loss for _, points in series for _, loss, *_ in points]
             y_range = (min(values) - 0.05, min(max(values), min(values) + 2.2))
             target = path if kind == "classifier" else path.with_stem(f"{path.stem}-simclr")
             plot(series, "epoch", title, y_range).save(target)

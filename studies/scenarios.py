@@ -19,6 +19,7 @@ Each prints a table, with the spread over the victims, and writes NAME.json and 
 run's folder.
 """
 import json
+import re
 from dataclasses import replace
 
 import torch
@@ -29,7 +30,7 @@ from attacks import PROTECTIONS
 from le import BadInput
 from studies.ablation import SIMPLE, slug
 from studies.contrastive import code, longer
-from studies.drawing import grid, plot_columns
+from studies.drawing import grid, plot_columns, plot_rows
 from studies.opponents import owner, victims
 from studies.prior import few, prior, shift
 from studies.protections import OTHERS
@@ -132,35 +133,34 @@ def strides(c, sets, count):
 def others(c, sets, count, most=3000):
     """UEs, LEs by our sampler, by what it differs in from the released one, by the released one,
     and what needs no network; of `most` images, since the released schedule takes its time."""
-    c.evaluate, rows, looks = "validation", [], []
+    c.evaluate, rows, looks = "validation", {}, []
     clean, labels = [part[:most] for part in sets["protected"]]
     sets = sets | {"protected": (clean, labels)}
     net, distance = networks(c, sets)
     ours, released = le.Sampler(**c.sampler), le.SAMPLERS["released"]
     other = "colour" if ours.compare == "grey" else "grey"
     samplers = {
-        "le": ours,
-        f"on {other}": replace(ours, compare=other),
-        "half the level": replace(ours, t_star=ours.t_star // 2),
-        "one round": replace(ours, rounds=1),
+        "LE": ours,
+        f"LE, on {other}": replace(ours, compare=other),
+        "LE, half the level": replace(ours, t_star=ours.t_star // 2),
+        "LE, one round": replace(ours, rounds=1),
         "released, 20 levels": replace(released, t_star=20, steps=20),
         "released, 36 levels": released}
     for name in [name for name in OTHERS if name in c.protections] or OTHERS:
         kind, ue = PROTECTIONS[name].victim, train.protect(c, name, sets)
-        found = {"clean": clean, "ue": ue}
+        found = {"clean": clean, "UE": ue}
         for label in ("JPEG 10", "median 3x3"):
             found[label] = SIMPLE[label](ue, None)
         for label, sampler in samplers.items():
             key = f"others-{name}-{slug(label)}-images"
             found[label] = repaired(c, key, net, distance, ue, sampler)
-        looks += [(f"{name}: {what}", found[what][:8]) for what in ("ue", "le")]
-        row = {"protection": name, "PSNR UE": f"{train.psnr(ue, clean):.1f} dB"}
+        looks += [(f"{name}: {what}", found[what][:8]) for what in ("UE", "LE")]
         for what, images in found.items():
             key = f"others-{what}" if what == "clean" else f"others-{name}-{slug(what)}"
-            row[what] = shown(spread(c, kind, key, images, sets, count))
-        rows.append(row)
+            row = rows.setdefault(what, {"images": what})
+            row[name] = shown(spread(c, kind, key, images, sets, count))
     grid(c.run / "others-images.png", looks, margin=130)
-    return rows
+    return list(rows.values())
 
 
 SCENARIOS = dict(cross=cross, code=code, longer=longer, probe=probe, worth=worth, part=part,
@@ -180,7 +180,9 @@ def main(argv=None):
         rows = SCENARIOS[options.name](c, sets, options.victims)
         path = c.run / f"{options.name}.json"
         path.write_text(json.dumps(rows, indent=1) + "\n")
-        plot_columns(rows).save(path.with_suffix(".png"))
+        counted = re.match(r"\d", str(next(iter(rows[0].values()))))
+        picture = plot_columns(rows) if counted else plot_rows(rows)
+        picture.save(path.with_suffix(".png"))
         print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
         for row in rows:
             print("| " + " | ".join(str(value) for value in row.values()) + " |")
