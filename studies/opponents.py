@@ -67,7 +67,7 @@ def fit(victim, **how):
 def opponents(c, sets):
     """{name: (kind, victim, settings of its training)}. Transformers take time, small steps."""
     config = dict(size=c.size, widths=c.resnet["widths"], classes=train.count_classes(sets))
-    patient = c.classifier | dict(epochs=4 * c.classifier["epochs"], lr=0.02)
+    patient = c.classifier | dict(epochs=2 * c.classifier["epochs"], lr=0.05)
     views = partial(partner_scores, view=VIEWS[c.contrast["view"]],
                     temperature=c.contrast["temperature"])
     return {
