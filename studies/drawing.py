@@ -109,12 +109,13 @@ def plot_rows(rows, title="accuracy on clean images, %", margin=180, across=540)
         x = margin + across * accuracy / 100
         draw.line((x, 40, x, canvas.height - 10), fill="#dddddd")
         draw.text((x - 6, 24), str(accuracy), fill="black")
+    for i, row in enumerate(rows):
+        draw.text((6, 44 + 24 * i), str(row[first]), fill="black")
     for j, column in enumerate(columns):
         colour = COLOURS[j % len(COLOURS)]
         draw.text((margin + across + 30, 44 + 24 * j), column, fill=colour)
         for i, row in enumerate(rows):
             y = 50 + 24 * i
-            draw.text((6, y - 6), str(row[first]), fill="black")
             if found := accuracy_in(row[column]):
                 low, x, high = [margin + across * value / 100 for value in
                                 (found[0] - found[1], found[0], found[0] + found[1])]
