@@ -22,7 +22,8 @@ import train
 import unet
 from le import as_bytes, as_float, on_device
 from studies.drawing import grid, plot
-from studies.run import chosen, first_of_each, networks, opened, parser_of, repaired, spread
+from studies.run import (chosen, first_of_each, networks, opened, parser_of, repaired, slug,
+                         spread)
 
 
 # -- What needs no network -------------------------------------------------------------------------
@@ -123,11 +124,6 @@ def questions(joint):
         "how much weight": {
             f"joint, weights x {factor}" if factor != 1 else "joint": weighted(joint, factor)
             for factor in (0.25, 0.5, 1, 2, 4)}}
-
-
-def slug(text):
-    """A file name for a label."""
-    return "-".join("".join(ch if ch.isalnum() or ch == "." else " " for ch in text).split())
 
 
 def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):

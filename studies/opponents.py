@@ -9,7 +9,8 @@ import le
 import train
 import unet
 from attacks import PROTECTIONS, VIEWS, Victim, class_scores, min_min, partner_scores
-from studies.run import accuracies_on, judged, networks, repaired, shown, spread, versions
+from studies.prior import prior
+from studies.run import accuracies_on, judged, networks, repaired, shown, slug, spread, versions
 
 
 # -- Victims that the protection did not expect ----------------------------------------------------
@@ -123,24 +124,29 @@ def published(**inputs):
 
 
 def owner(c, sets, count, protection="em-class"):
-    """Does larger noise survive, or noise that knows the sampler and its U-Net?"""
+    """Does larger noise survive, or noise that knows the sampler, by a U-Net that the owner trains
+    on the images before they are protected, or by the unauthorized user's own?"""
     c.evaluate, rows = "validation", []
     net, distance = networks(c, sets)
     (images, labels), kind = sets["protected"], PROTECTIONS[protection].victim
     sampler, victim = le.Sampler(**c.sampler), train.victim_of(c, kind, sets)
-    how = dict(images=images, labels=labels, victim=victim, seed=c.seed, **c.noise[protection])
     clean = shown(spread(c, kind, "clean", images, sets, count))
+    priors = {"as before": None, "knows the sampler": prior(c, "owner-prior", images),
+              "knows its U-Net": net}
     for epsilon in (c.epsilon, 2 * c.epsilon):
-        plain_noise = train.cached(c, f"owner-{epsilon:g}-plain", train.published,
-                                   protection=PROTECTIONS[protection].make, epsilon=epsilon / 255,
-                                   **how)
-        knowing = train.cached(c, f"owner-{epsilon:g}-knowing", published, prior=net,
-                               level=sampler.t_star, epsilon=epsilon / 255, **how)
-        for what, made in (("as before", plain_noise), ("knows the sampler", knowing)):
-            key, ue = f"owner-{epsilon:g}-{what.split()[0]}", le.as_float(made["images"])
-            learnable = repaired(c, f"{key}-le", net, distance, ue, sampler)
+        how = dict(images=images, labels=labels, victim=victim, epsilon=epsilon / 255, seed=c.seed,
+                   **c.noise[protection])
+        for what, known in priors.items():
+            key = f"owner-{epsilon:g}-{slug(what)}"
+            if known is None:
+                made = train.cached(c, key, train.published,
+                                    protection=PROTECTIONS[protection].make, **how)
+            else:
+                made = train.cached(c, key, published, prior=known, level=sampler.t_star, **how)
+            ue = le.as_float(made["images"])
+            learnable = repaired(c, f"{key}-images", net, distance, ue, sampler)
             rows.append({"noise": f"{what}, {epsilon:g}/255",
                          "PSNR UE": f"{train.psnr(ue, images):.1f} dB", "clean": clean,
-                         "ue": shown(spread(c, kind, f"{key}-ue", ue, sets, count)),
-                         "le": shown(spread(c, kind, f"{key}-le", learnable, sets, count))})
+                         "UE": shown(spread(c, kind, f"{key}-UE", ue, sets, count)),
+                         "LE": shown(spread(c, kind, f"{key}-LE", learnable, sets, count))})
     return rows

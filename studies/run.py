@@ -51,6 +51,11 @@ def repaired(c, key, net, distance, ue, sampler, make=train.purified):
     return le.as_float(made["images"])
 
 
+def slug(text):
+    """A file name for a label."""
+    return "-".join("".join(ch if ch.isalnum() or ch == "." else " " for ch in text).split())
+
+
 def first_of_each(labels, n=10):
     """Where the first image of each class is, for at most n classes."""
     return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:n]

@@ -28,14 +28,14 @@ import le
 import train
 from attacks import PROTECTIONS
 from le import BadInput
-from studies.ablation import SIMPLE, slug
+from studies.ablation import SIMPLE
 from studies.contrastive import code, longer
 from studies.drawing import grid, plot_columns, plot_rows
 from studies.opponents import owner, victims
 from studies.prior import few, prior, shift
 from studies.protections import OTHERS
-from studies.run import (accuracies_on, networks, opened, parser_of, repaired, shown, spread,
-                         trained, versions)
+from studies.run import (accuracies_on, networks, opened, parser_of, repaired, shown, slug,
+                         spread, trained, versions)
 
 OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
