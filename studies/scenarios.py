@@ -131,8 +131,8 @@ def strides(c, sets, count):
 
 
 def others(c, sets, count, most=3000):
-    """UEs, LEs by our sampler, by what it differs in from the released one, by the released one,
-    and what needs no network; of `most` images, since the released schedule takes its time."""
+    """UEs, what needs no network, LEs by our sampler, as it is and with one thing changed, and by
+    the released one; of `most` images, since the released schedule takes its time."""
     c.evaluate, rows, looks = "validation", {}, []
     clean, labels = [part[:most] for part in sets["protected"]]
     sets = sets | {"protected": (clean, labels)}
