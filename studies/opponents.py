@@ -124,8 +124,8 @@ def published(**inputs):
 
 
 def owner(c, sets, count, protection="em-class"):
-    """Does larger noise survive, or noise that knows the sampler, by a U-Net that the owner trains
-    on the images before they are protected, or by the unauthorized user's own?"""
+    """Does noise survive that is larger, or knows the sampler? By a U-Net that the owner trains on
+    the images before they are protected, or by the unauthorized user's own."""
     c.evaluate, rows = "validation", []
     net, distance = networks(c, sets)
     (images, labels), kind = sets["protected"], PROTECTIONS[protection].victim

@@ -41,7 +41,7 @@ OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
 
 def cross(c, sets, count):
-    """Whoever protects against one kind of learner is not protected against the other."""
+    """Each protection before the victim that it was not made against."""
     rows = []
     for name in c.protections:
         kind = OTHER[PROTECTIONS[name].victim]
@@ -131,8 +131,9 @@ def strides(c, sets, count):
 
 
 def others(c, sets, count, most=3000):
-    """UEs, what needs no network, LEs by our sampler, as it is and with one thing changed, and by
-    the released one; of `most` images, since the released schedule takes its time."""
+    """What undoes protections for which nothing was tuned? What needs no network; our sampler, as
+    it is and with one thing changed; the released one, which takes its time, so for `most` images.
+    """
     c.evaluate, rows, looks = "validation", {}, []
     clean, labels = [part[:most] for part in sets["protected"]]
     sets = sets | {"protected": (clean, labels)}
@@ -168,6 +169,14 @@ SCENARIOS = dict(cross=cross, code=code, longer=longer, probe=probe, worth=worth
                  strides=strides)
 
 
+def draw(name, rows):
+    """A scenario's picture, under the first sentence of its function."""
+    question = re.split(r"(?<=[.?]) ", " ".join(SCENARIOS[name].__doc__.split()))[0]
+    counted = re.match(r"\d", str(next(iter(rows[0].values()))))
+    plot = plot_columns if counted else plot_rows
+    return plot(rows, f"{question} Accuracy on clean images, %")
+
+
 def main(argv=None):
     PROTECTIONS.update(OTHERS)
     train.DEFAULTS["noise"] |= {name: protection.settings for name, protection in OTHERS.items()}
@@ -180,9 +189,7 @@ def main(argv=None):
         rows = SCENARIOS[options.name](c, sets, options.victims)
         path = c.run / f"{options.name}.json"
         path.write_text(json.dumps(rows, indent=1) + "\n")
-        counted = re.match(r"\d", str(next(iter(rows[0].values()))))
-        picture = plot_columns(rows) if counted else plot_rows(rows)
-        picture.save(path.with_suffix(".png"))
+        draw(options.name, rows).save(path.with_suffix(".png"))
         print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
         for row in rows:
             print("| " + " | ".join(str(value) for value in row.values()) + " |")
