@@ -157,7 +157,7 @@ def ablate(c, sets, name, only):
     every = {label: sampler for part in asked.values() for label, sampler in part.items()}
     wanted = {"none": None} | chosen(every, only)
     clean = spread(c, kind, "clean", originals, sets)
-    net, distance = networks(c, sets)
+    net, distance = networks(c, sets, perceptual=True)
     rows, looks, lost = {}, {}, None
     for label, sampler in wanted.items():
         rows[label], made, lost = row_of(c, sets, net, distance, name, label, sampler, ue, clean,

@@ -51,7 +51,7 @@ def evaluate(net, images, sampler):
 
 def loops_of(c, sets, count=512):
     """{what: (a function, how many images it handles)}."""
-    net, distance = networks(c, sets)
+    net, distance = networks(c, sets, perceptual=True)
     images, labels = [part[:count] for part in sets["protected"]]
     x, y = on_device(images), labels.to(DEVICE)
     sampler, released = Sampler(**c.sampler), le.SAMPLERS["released"]

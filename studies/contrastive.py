@@ -5,7 +5,7 @@ import torch
 
 import train
 from attacks import VIEWS, Victim, partner_scores
-from studies.run import judged, shown, spread
+from studies.run import judged, shown, slug, spread
 
 
 def coded_view(x, generator, view, codes):
@@ -39,7 +39,7 @@ def code(c, sets, count):
             view = partial(coded_view, view=VIEWS[view_name], codes=after)
             victim = Victim(partial(train.new_network, train.SimCLR, config), partial(
                 partner_scores, view=view, temperature=c.contrast["temperature"]))
-            key = f"code-{view_name}-{what.replace(' ', '-')}"
+            key = f"code-{view_name}-{slug(what)}"
             score = judged(c, key, fit_coded, victim, c.simclr, x, sets, c.seed)
             row[what] = f"{score:.1f}"
         rows.append(row)

@@ -84,7 +84,7 @@ def accuracy_in(text):
     return found and (float(found[1]), float(found[2] or 0))
 
 
-def plot_columns(rows, title="accuracy on clean images, %", size=(900, 520)):
+def plot_columns(rows, title, size=(900, 520)):
     """A picture of a table of accuracies [{column: text}]: a line for each column, row by row."""
     first, *columns = rows[0]
     series = []
@@ -97,7 +97,7 @@ def plot_columns(rows, title="accuracy on clean images, %", size=(900, 520)):
     return plot(series, first, title, (0, 100), marks, size)
 
 
-def plot_rows(rows, title="accuracy on clean images, %", margin=180, across=540):
+def plot_rows(rows, title, margin=180, across=540):
     """The same where rows have names: a line of dots for each row, in a colour for each column."""
     first, *columns = rows[0]
     columns = [column for column in columns if any(accuracy_in(row[column]) for row in rows)]

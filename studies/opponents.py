@@ -92,7 +92,7 @@ def victims(c, sets, count):
                 continue
             row = {"victim": f"{opponent}, {name}"}
             for what, images in found.items():
-                key = f"victims-{opponent.replace(', ', '-').replace(' ', '-')}-"
+                key = f"victims-{slug(opponent)}-"
                 key += what if what == "clean" else f"{name}-{what}"
                 row[what] = shown(torch.tensor([
                     judged(c, f"{key}-{k}", fit, victim, training, images, sets, c.seed + k)

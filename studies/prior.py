@@ -13,7 +13,7 @@ import unet
 from attacks import PROTECTIONS
 from le import on_device
 from studies.drawing import grid
-from studies.run import first_of_each, networks, repaired, shown, spread
+from studies.run import first_of_each, networks, repaired, shown, slug, spread
 
 
 def prior(c, name, images):
@@ -86,7 +86,7 @@ def shift(c, sets, count, protection="em-sample"):
     places = first_of_each(judged["protected"][1], 5)
     looks = [("original", judged["protected"][0][places]), ("UE", ue[places])]
     for what in ("like them", *others):
-        key = f"shift-{what.replace(' ', '-')}"
+        key = f"shift-{slug(what)}"
         own = prior(c, key, others[what]) if what in others else net
         row, made = row_of(c, "shift", key, own, distance, judged, ue, protection, count)
         rows.append({"the prior has seen": what} | row)

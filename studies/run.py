@@ -31,17 +31,18 @@ def opened(parser, argv, alone=()):
         yield options, c, *data
 
 
-def networks(c, sets):
-    """The U-Net of the run, and a perceptual distance even where its sampler does without."""
-    both = SimpleNamespace(**vars(c) | dict(sampler=c.sampler | dict(perceptual_weight=1.0)))
-    return train.train_ddpm(c, sets), train.train_vgg(both, sets)
+def networks(c, sets, perceptual=False):
+    """The U-Net of the run and its perceptual distance, which is None where its sampler does
+    without, unless a study's own samplers are `perceptual`."""
+    weight = c.sampler["perceptual_weight"] or float(perceptual)
+    seeing = SimpleNamespace(**vars(c) | dict(sampler=dict(perceptual_weight=weight)))
+    return train.train_ddpm(c, sets), train.train_vgg(seeing, sets)
 
 
 def versions(c, name, sets):
     """Clean images, the UEs of a protection of the run and the LEs made from them."""
-    net, distance = train.train_ddpm(c, sets), train.train_vgg(c, sets)
     ue = train.protect(c, name, sets)
-    return dict(clean=sets["protected"][0], ue=ue, le=train.purify(c, name, ue, net, distance))
+    return dict(clean=sets["protected"][0], ue=ue, le=train.purify(c, name, ue, *networks(c, sets)))
 
 
 def repaired(c, key, net, distance, ue, sampler, make=train.purified):
@@ -85,7 +86,7 @@ def accuracies_on(c, kind, prefix, found, sets, count):
     """{what: mean and spread} of victims trained on each of the images in `found`."""
     row = {}
     for what, images in found.items():
-        key = what if what == "clean" else f"{prefix}-{what.replace(' ', '-')}"
+        key = what if what == "clean" else f"{prefix}-{slug(what)}"
         row[what] = shown(spread(c, kind, key, images, sets, count))
     return row
 

@@ -86,7 +86,7 @@ def worth(c, sets, count, protection="em-sample"):
             answers = torch.cat([own_labels[:n], labels[:len(more)]])
             mixed = sets | {"protected": (both, answers)}
             c.classifier["epochs"] = max(epochs, epochs * len(clean) // len(both))
-            key = f"worth-{protection}-{n}-{what.replace(',', '').replace(' ', '-')}"
+            key = f"worth-{protection}-{n}-{slug(what)}"
             row[what] = shown(spread(c, "classifier", key, both, mixed, count))
         rows.append(row)
     return rows
@@ -137,7 +137,7 @@ def others(c, sets, count, most=3000):
     c.evaluate, rows, looks = "validation", {}, []
     clean, labels = [part[:most] for part in sets["protected"]]
     sets = sets | {"protected": (clean, labels)}
-    net, distance = networks(c, sets)
+    net, distance = networks(c, sets, perceptual=True)
     ours, released = le.Sampler(**c.sampler), le.SAMPLERS["released"]
     other = "colour" if ours.compare == "grey" else "grey"
     samplers = {
