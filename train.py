@@ -10,11 +10,6 @@
 Read `story` first. Results are kept in runs/, with a table and a picture, and made again only when
 their inputs, their settings or their code have changed.
 """
-import signal
-
-if __name__ == "__main__":                                 # no traceback while torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import ast
 import copy

@@ -1,4 +1,5 @@
-"""Other victims, and an owner who answers: `python -m studies.scenarios victims`, or `owner`."""
+"""Other victims, and an owner who answers: `python -m studies.scenarios victims`, owner or reply."""
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -123,30 +124,58 @@ def published(**inputs):
     return train.published(through_the_sampler, **inputs)
 
 
+def noise_of(c, sets, protection, what, known, epsilon):
+    """UEs of a protection, at epsilon of 255, that knows a U-Net or (None) no sampler."""
+    images, labels = sets["protected"]
+    make = dict(protection=PROTECTIONS[protection].make)
+    if known is not None:
+        make = dict(prior=known, level=c.sampler["t_star"])
+    made = train.cached(c, f"owner-{epsilon:g}-{slug(what)}",
+                        train.published if known is None else published, images=images,
+                        labels=labels, victim=train.victim_of(c, "classifier", sets),
+                        epsilon=epsilon / 255, seed=c.seed, **make, **c.noise[protection])
+    return le.as_float(made["images"])
+
+
 def owner(c, sets, count, protection="em-class"):
     """Does noise survive that is larger, or knows the sampler? By a U-Net that the owner trains on
     the images before they are protected, or by the unauthorized user's own."""
     c.evaluate, rows = "validation", []
-    net, distance = networks(c, sets)
-    (images, labels), kind = sets["protected"], PROTECTIONS[protection].victim
-    sampler, victim = le.Sampler(**c.sampler), train.victim_of(c, kind, sets)
-    clean = shown(spread(c, kind, "clean", images, sets, count))
+    (net, distance), images = networks(c, sets), sets["protected"][0]
+    clean = shown(spread(c, "classifier", "clean", images, sets, count))
     priors = {"as before": None, "knows the sampler": prior(c, "owner-prior", images),
               "knows its U-Net": net}
     for epsilon in (c.epsilon, 2 * c.epsilon):
-        how = dict(images=images, labels=labels, victim=victim, epsilon=epsilon / 255, seed=c.seed,
-                   **c.noise[protection])
         for what, known in priors.items():
             key = f"owner-{epsilon:g}-{slug(what)}"
-            if known is None:
-                made = train.cached(c, key, train.published,
-                                    protection=PROTECTIONS[protection].make, **how)
-            else:
-                made = train.cached(c, key, published, prior=known, level=sampler.t_star, **how)
-            ue = le.as_float(made["images"])
-            learnable = repaired(c, f"{key}-images", net, distance, ue, sampler)
+            ue = noise_of(c, sets, protection, what, known, epsilon)
+            learnable = repaired(c, f"{key}-images", net, distance, ue, le.Sampler(**c.sampler))
             rows.append({"noise": f"{what}, {epsilon:g}/255",
                          "PSNR UE": f"{train.psnr(ue, images):.1f} dB", "clean": clean,
-                         "UE": shown(spread(c, kind, f"{key}-UE", ue, sets, count)),
-                         "LE": shown(spread(c, kind, f"{key}-LE", learnable, sets, count))})
+                         "UE": shown(spread(c, "classifier", f"{key}-UE", ue, sets, count)),
+                         "LE": shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))})
+    return rows
+
+
+def reply(c, sets, count, protection="em-class"):
+    """Do other samplers undo noise that knows this one? And what do they cost where it does not?"""
+    c.evaluate, rows = "validation", []
+    net, distance = networks(c, sets)
+    own, ours = prior(c, "owner-prior", sets["protected"][0]), le.Sampler(**c.sampler)
+    priors = {"as before": None, "knows the sampler": own}
+    other = "colour" if ours.compare == "grey" else "grey"
+    for label, sampler in {
+            "as it is": ours,
+            "twice the rounds": replace(ours, rounds=2 * ours.rounds),
+            "four times the rounds": replace(ours, rounds=4 * ours.rounds),
+            "twice the strides": replace(ours, steps=2 * ours.steps),
+            "half the level": replace(ours, t_star=ours.t_star // 2),
+            f"on {other}": replace(ours, compare=other)}.items():
+        row = {"sampler": label}
+        for what, known in priors.items():
+            ue = noise_of(c, sets, protection, what, known, c.epsilon)
+            key = f"reply-{slug(what)}-{slug(label)}"
+            learnable = repaired(c, f"{key}-images", net, distance, ue, sampler)
+            row[what] = shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))
+        rows.append(row)
     return rows

@@ -7,11 +7,6 @@ studies/arrays.py). Of a folder every image at any depth is purified, of any siz
 same place and name (a.jpg becomes a.jpg.png). What is in OUT already is kept, so an interrupted run
 goes on; what cannot be read is named and skipped, and the exit code is 1.
 """
-import signal
-
-if __name__ == "__main__":                                 # no traceback while torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import io
 import os

@@ -14,6 +14,7 @@ shift     a U-Net that has seen other images than those it purifies
 strides   how many network evaluations an image needs, from none to 36 a round
 victims   other networks than the one that the protection was made against (studies/opponents.py)
 owner     the owner answers: larger noise, and noise that knows the sampler
+reply     other samplers against noise that knows this one
 
 Each prints a table, with the spread over the victims, and writes NAME.json and NAME.png to the
 run's folder.
@@ -31,7 +32,7 @@ from le import BadInput
 from studies.ablation import SIMPLE
 from studies.contrastive import code, longer
 from studies.drawing import grid, plot_columns, plot_rows
-from studies.opponents import owner, victims
+from studies.opponents import owner, reply, victims
 from studies.prior import few, prior, shift
 from studies.protections import OTHERS
 from studies.run import (accuracies_on, networks, opened, parser_of, repaired, shown, slug,
@@ -166,7 +167,7 @@ def others(c, sets, count, most=3000):
 
 SCENARIOS = dict(cross=cross, code=code, longer=longer, probe=probe, worth=worth, part=part,
                  others=others, few=few, shift=shift, victims=victims, owner=owner,
-                 strides=strides)
+                 reply=reply, strides=strides)
 
 
 def draw(name, rows):
