@@ -1637,7 +1637,8 @@ with le.processes():
     (["ablation", "--only", "unguided, DDIM", "--protection", "em-class"], []),
     (["ablation", "--only", "joint, on grey", "--protection", "cp-class"], []),
     (["scenarios", "cross", "--victims", "1"], ["cross"]), (["scenarios", "code"], ["code"]),
-    (["scenarios", "longer", "--victims", "1"], ["longer"]), (["scenarios", "probe"], ["probe"]),
+    (["scenarios", "longer", "--victims", "1"], ["longer"]),
+    (["scenarios", "probe", "--victims", "2"], ["probe"]),
     (["scenarios", "others", "--protections", "targeted", "--sampler.perceptual_weight", "0"],
      ["others", "others-images"]),                         # as on photographs
     (["scenarios", "few", "--victims", "1"], ["few"]),

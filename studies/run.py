@@ -62,18 +62,23 @@ def first_of_each(labels, n=10):
     return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:n]
 
 
-def trained(c, kind, name, images, sets):
-    """The network of a victim of the run."""
-    train.train_victim(c, kind, name, images, sets)
-    net = train.victim_of(c, kind, sets).network(c.seed).eval()
-    net.load_state_dict(train.unet.read(c.run / f"{kind}-{name}.pt")["weights"])
+def numbered(name, k):
+    """The story's name of its own victim, the first, and names for those of further seeds."""
+    return f"{name}-{k}" if k else name
+
+
+def trained(c, kind, name, images, sets, k=0):
+    """The network of a victim, of the run's own seed or the k-th after it."""
+    train.train_victim(c, kind, numbered(name, k), images, sets, c.seed + k)
+    net = train.victim_of(c, kind, sets).network(c.seed + k).eval()
+    net.load_state_dict(train.unet.read(c.run / f"{kind}-{numbered(name, k)}.pt")["weights"])
     return net
 
 
 def spread(c, kind, name, images, sets, victims=3):
     """Accuracies (victims,) of victims of several seeds, trained on the images."""
-    return torch.tensor([train.train_victim(c, kind, f"{name}-{k}" if k else name, images, sets,
-                                            c.seed + k) for k in range(victims)])
+    return torch.tensor([train.train_victim(c, kind, numbered(name, k), images, sets, c.seed + k)
+                         for k in range(victims)])
 
 
 def shown(accuracies):

@@ -53,14 +53,15 @@ def cross(c, sets, count):
 
 
 def probe(c, sets, count):
-    """An encoder of clean images; its probe learns from published images and their labels."""
-    c.evaluate, labels, rows = "validation", sets["protected"][1], []
-    net = trained(c, "simclr", "clean", sets["protected"][0], sets)
+    """Encoders of clean images; their probes learn from published images and their labels."""
+    c.evaluate, (clean, labels), rows = "validation", sets["protected"], []
+    nets = [trained(c, "simclr", "clean", clean, sets, k) for k in range(count)]
     for name in c.protections:
         row = {"protection": name}
         for what, images in versions(c, name, sets).items():
-            accuracy = train.linear_probe(net.encoder, (images, labels), sets[c.evaluate])
-            row[f"probe on {what}"] = f"{accuracy:.1f}"
+            row[f"probe on {what}"] = shown(torch.tensor([
+                train.linear_probe(net.encoder, (images, labels), sets[c.evaluate])
+                for net in nets]))
         rows.append(row)
     return rows
 
