@@ -1,6 +1,5 @@
 """Arrays of images, of any size and in files: .npy and .npz (uint8, N x H x W x 3; an .npz's images
-are under `data`, its other arrays are copied), and .pt (a tensor N x 3 x H x W, uint8 or in [0, 1]).
-"""
+are under `data`, its other arrays are copied), .pt (a tensor N x 3 x H x W, uint8 or in [0, 1])."""
 import io
 import os
 import tempfile

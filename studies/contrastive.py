@@ -54,5 +54,5 @@ def longer(c, sets, count, protection="cp-class"):
         c.simclr["epochs"] = epochs
         clean = spread(c, "simclr", f"longer-{epochs}-clean", sets["protected"][0], sets, count)
         poisoned = spread(c, "simclr", f"longer-{epochs}-ue", ue, sets, count)
-        rows.append({"epochs": epochs, "clean": shown(clean), "ue": shown(poisoned)})
+        rows.append({"epochs": epochs, "clean": shown(clean), "UE": shown(poisoned)})
     return rows

@@ -1,4 +1,4 @@
-"""Other victims, and an owner who answers: `python -m studies.scenarios victims`, owner or reply."""
+"""Other victims; an owner who answers: `python -m studies.scenarios victims`, owner or reply."""
 from dataclasses import replace
 from functools import partial
 
@@ -94,7 +94,7 @@ def victims(c, sets, count):
             row = {"victim": f"{opponent}, {name}"}
             for what, images in found.items():
                 key = f"victims-{slug(opponent)}-"
-                key += what if what == "clean" else f"{name}-{what}"
+                key += what if what == "clean" else f"{name}-{what.lower()}"
                 row[what] = shown(torch.tensor([
                     judged(c, f"{key}-{k}", fit, victim, training, images, sets, c.seed + k)
                     for k in range(count)]))

@@ -38,9 +38,9 @@ def overview(c, sets, classes, path):
         first.setdefault(PROTECTIONS[name].victim, name)
     for name in first.values():
         found = versions(c, name, sets)
-        ue = found["ue"][places]
+        ue = found["UE"][places]
         rows += [(f"{name} UE", ue), ("its noise x16", 0.5 + 16 * (ue - x)),
-                 (f"{name} LE", found["le"][places])]
+                 (f"{name} LE", found["LE"][places])]
     grid(path, rows, [str(classes[labels[i]])[:10] for i in places])
 
 
@@ -90,7 +90,7 @@ def curves(c, sets, classes, path):
         images = {"clean": sets["protected"][0]}
         for name in names:
             found = versions(c, name, sets)
-            images |= {f"{name}-ue": found["ue"], f"{name}-le": found["le"]}
+            images |= {f"{name}-ue": found["UE"], f"{name}-le": found["LE"]}
         series = []
         for name in images if names else []:
             train.train_victim(c, kind, name, images[name], sets)
@@ -109,7 +109,7 @@ def of_kind(c, sets, kind):
     if name is None:
         return {}
     found = versions(c, name, sets)
-    return {"clean": found["clean"], f"{name}-ue": found["ue"], f"{name}-le": found["le"]}
+    return {"clean": found["clean"], f"{name}-ue": found["UE"], f"{name}-le": found["LE"]}
 
 
 def confusion(c, sets, classes, path):

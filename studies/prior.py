@@ -47,7 +47,7 @@ def row_of(c, study, key, net, distance, sets, ue, protection, count):
     clean, on_ue, on_le = [part.mean().item() for part in accuracies]
     share = train.recovery(clean, on_ue, on_le)
     row = {"denoising": f"{denoising_psnr(net, sets['validation'][0], sampler):.1f} dB"}
-    row |= dict(zip(("clean", "ue", "le"), map(shown, accuracies), strict=True))
+    row |= dict(zip(("clean", "UE", "LE"), map(shown, accuracies), strict=True))
     return row | {"recovery": "-" if share is None else f"({share:.2f})"}, made
 
 

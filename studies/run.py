@@ -42,7 +42,7 @@ def networks(c, sets, perceptual=False):
 def versions(c, name, sets):
     """Clean images, the UEs of a protection of the run and the LEs made from them."""
     ue = train.protect(c, name, sets)
-    return dict(clean=sets["protected"][0], ue=ue, le=train.purify(c, name, ue, *networks(c, sets)))
+    return dict(clean=sets["protected"][0], UE=ue, LE=train.purify(c, name, ue, *networks(c, sets)))
 
 
 def repaired(c, key, net, distance, ue, sampler, make=train.purified):
@@ -91,7 +91,7 @@ def accuracies_on(c, kind, prefix, found, sets, count):
     """{what: mean and spread} of victims trained on each of the images in `found`."""
     row = {}
     for what, images in found.items():
-        key = what if what == "clean" else f"{prefix}-{slug(what)}"
+        key = what if what == "clean" else f"{prefix}-{what.lower()}"
         row[what] = shown(spread(c, kind, key, images, sets, count))
     return row
 

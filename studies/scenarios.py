@@ -103,8 +103,8 @@ def part(c, sets, count, protection="em-sample"):
     for share in (0, 20, 50, 80, 100):
         n = len(clean) * share // 100
         key = f"part-{protection}-{share}"
-        mix = torch.cat([found["ue"][:n], clean[n:]])
-        purified = torch.cat([found["le"][:n], purified_clean[n:]])
+        mix = torch.cat([found["UE"][:n], clean[n:]])
+        purified = torch.cat([found["LE"][:n], purified_clean[n:]])
         rest = sets | {"protected": (clean[n:], labels[n:])}
         row = {"protected": f"{share} %",
                "mix": shown(spread(c, kind, f"{key}-mix", mix, sets, count)),
