@@ -10,7 +10,7 @@ import le
 import train
 import unet
 from attacks import PROTECTIONS, VIEWS, Victim, class_scores, min_min, partner_scores
-from studies.prior import prior
+from studies.prior import foreign, prior
 from studies.run import accuracies_on, judged, networks, repaired, shown, slug, spread, versions
 
 
@@ -158,11 +158,16 @@ def owner(c, sets, count, protection="em-class"):
 
 
 def reply(c, sets, count, protection="em-class"):
-    """Do other samplers undo noise that knows this one? And what do they cost where it does not?"""
+    """Do other samplers undo what this one does not? Noise that knows it, and any noise by a U-Net
+    that has seen other images; beside them, what they cost where nothing had to be mended."""
     c.evaluate, rows = "validation", []
     net, distance = networks(c, sets)
-    own, ours = prior(c, "owner-prior", sets["protected"][0]), le.Sampler(**c.sampler)
-    priors = {"as before": None, "knows the sampler": own}
+    clean, ours = sets["protected"][0], le.Sampler(**c.sampler)
+    ue, knowing = [noise_of(c, sets, protection, what, known, c.epsilon) for what, known in (
+        ("as before", None), ("knows the sampler", prior(c, "owner-prior", clean)))]
+    cases = {"as before": (ue, net), "knows the sampler": (knowing, net)}
+    for what, images in foreign(c, len(sets["unprotected"][0])).items():
+        cases[f"U-Net of {what}"] = ue, prior(c, f"shift-{what}", images)
     other = "colour" if ours.compare == "grey" else "grey"
     for label, sampler in {
             "as it is": ours,
@@ -172,10 +177,9 @@ def reply(c, sets, count, protection="em-class"):
             "half the level": replace(ours, t_star=ours.t_star // 2),
             f"on {other}": replace(ours, compare=other)}.items():
         row = {"sampler": label}
-        for what, known in priors.items():
-            ue = noise_of(c, sets, protection, what, known, c.epsilon)
+        for what, (published_images, used) in cases.items():
             key = f"reply-{slug(what)}-{slug(label)}"
-            learnable = repaired(c, f"{key}-images", net, distance, ue, sampler)
-            row[what] = shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))
+            made = repaired(c, f"{key}-images", used, distance, published_images, sampler)
+            row[what] = shown(spread(c, "classifier", f"{key}-LE", made, sets, count))
         rows.append(row)
     return rows
