@@ -175,7 +175,9 @@ def reply(c, sets, count, protection="em-class"):
             "four times the rounds": replace(ours, rounds=4 * ours.rounds),
             "twice the strides": replace(ours, steps=2 * ours.steps),
             "half the level": replace(ours, t_star=ours.t_star // 2),
-            f"on {other}": replace(ours, compare=other)}.items():
+            f"on {other}": replace(ours, compare=other),
+            f"four times, on {other}": replace(ours, rounds=4 * ours.rounds, compare=other)
+            }.items():
         row = {"sampler": label}
         for what, (published_images, used) in cases.items():
             key = f"reply-{slug(what)}-{slug(label)}"
