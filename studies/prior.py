@@ -69,7 +69,7 @@ def foreign(c, n):
         return {"shapes": train.shapes(n, c.seed, c.size)[0]}
     if Path(c.root).exists():
         return {"photographs": train.cifar10(c.root)[0][0][:n]}
-    print(f"no row for photographs: expected {train.CIFAR10[0]} at {c.root}")
+    print(f"photographs are left out: expected {train.CIFAR10[0]} at {c.root}")
     return {}
 
 
