@@ -203,8 +203,9 @@ def train_victim(c, kind, name, images, sets, seed=None):
         score = accuracy(net, *sets[c.evaluate])
     else:
         score = linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
-    losses = ", ".join(f"{loss:.2f}" for loss in made["losses"][::5])
-    print(f"{kind} on {name}: {score:.1f} %; loss every five epochs {losses}", flush=True)
+    every = math.ceil(len(made["losses"]) / 6)
+    losses = ", ".join(f"{loss:.2f}" for loss in made["losses"][::every])
+    print(f"{kind} on {name}: {score:.1f} %; loss every {every} epochs {losses}", flush=True)
     return score
 
 
