@@ -88,7 +88,8 @@ def worth(c, sets, count, protection="em-sample"):
             answers = torch.cat([own_labels[:n], labels[:len(more)]])
             mixed = sets | {"protected": (both, answers)}
             c.classifier["epochs"] = max(epochs, epochs * len(clean) // len(both))
-            key = f"worth-{protection}-{n}-{slug(what)}"
+            seen = "and LE" if more is by_all else what    # one column is the other, in the end
+            key = f"worth-{protection}-{n}-{slug(seen)}"
             row[what] = shown(spread(c, "classifier", key, both, mixed, count))
         rows.append(row)
     return rows
