@@ -11,7 +11,8 @@ import train
 import unet
 from attacks import PROTECTIONS, VIEWS, Victim, class_scores, min_min, partner_scores
 from studies.prior import foreign, prior
-from studies.run import accuracies_on, judged, networks, repaired, shown, slug, spread, versions
+from studies.run import (accuracies_on, compared_otherwise, judged, networks, repaired, shown, slug,
+                         spread, versions)
 
 
 # -- Victims that the protection did not expect ----------------------------------------------------
@@ -95,9 +96,9 @@ def victims(c, sets, count):
             for what, images in found.items():
                 key = f"victims-{slug(opponent)}-"
                 key += what if what == "clean" else f"{name}-{what.lower()}"
-                row[what] = shown(torch.tensor([
+                row[what] = shown([
                     judged(c, f"{key}-{k}", fit, victim, training, images, sets, c.seed + k)
-                    for k in range(count)]))
+                    for k in range(count)])
             rows.append(row)
     return rows
 
@@ -127,13 +128,12 @@ def published(**inputs):
 def noise_of(c, sets, protection, what, known, epsilon):
     """UEs of a protection, at epsilon of 255, that knows a U-Net or (None) no sampler."""
     images, labels = sets["protected"]
-    make = dict(protection=PROTECTIONS[protection].make)
+    make, how = train.published, dict(protection=PROTECTIONS[protection].make)
     if known is not None:
-        make = dict(prior=known, level=c.sampler["t_star"])
-    made = train.cached(c, f"owner-{epsilon:g}-{slug(what)}",
-                        train.published if known is None else published, images=images,
-                        labels=labels, victim=train.victim_of(c, "classifier", sets),
-                        epsilon=epsilon / 255, seed=c.seed, **make, **c.noise[protection])
+        make, how = published, dict(prior=known, level=c.sampler["t_star"])
+    made = train.cached(c, f"owner-{epsilon:g}-{slug(what)}", make, images=images, labels=labels,
+                        victim=train.victim_of(c, "classifier", sets), epsilon=epsilon / 255,
+                        seed=c.seed, **how, **c.noise[protection])
     return le.as_float(made["images"])
 
 
@@ -168,16 +168,16 @@ def reply(c, sets, count, protection="em-class"):
     cases = {"as before": (ue, net), "knows the sampler": (knowing, net)}
     for what, images in foreign(c, len(sets["unprotected"][0])).items():
         cases[f"U-Net of {what}"] = ue, prior(c, f"shift-{what}", images)
-    other = "colour" if ours.compare == "grey" else "grey"
-    for label, sampler in {
-            "as it is": ours,
-            "twice the rounds": replace(ours, rounds=2 * ours.rounds),
-            "four times the rounds": replace(ours, rounds=4 * ours.rounds),
-            "twice the strides": replace(ours, steps=2 * ours.steps),
-            "half the level": replace(ours, t_star=ours.t_star // 2),
-            f"on {other}": replace(ours, compare=other),
-            f"four times, on {other}": replace(ours, rounds=4 * ours.rounds, compare=other)
-            }.items():
+    otherwise = compared_otherwise(ours)
+    samplers = {
+        "as it is": ours,
+        "twice the rounds": replace(ours, rounds=2 * ours.rounds),
+        "four times the rounds": replace(ours, rounds=4 * ours.rounds),
+        "twice the strides": replace(ours, steps=2 * ours.steps),
+        "half the level": replace(ours, t_star=ours.t_star // 2),
+        f"on {otherwise.compare}": otherwise,
+        f"four times, on {otherwise.compare}": replace(otherwise, rounds=4 * ours.rounds)}
+    for label, sampler in samplers.items():
         row = {"sampler": label}
         for what, (published_images, used) in cases.items():
             key = f"reply-{slug(what)}-{slug(label)}"

@@ -1,6 +1,7 @@
 """The run that a study looks at: its command line, its data and what the story made of it."""
 import argparse
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -34,9 +35,9 @@ def opened(parser, argv, alone=()):
 def networks(c, sets, perceptual=False):
     """The U-Net of the run and its perceptual distance, which is None where its sampler does
     without, unless a study's own samplers are `perceptual`."""
-    weight = c.sampler["perceptual_weight"] or float(perceptual)
-    seeing = SimpleNamespace(**vars(c) | dict(sampler=dict(perceptual_weight=weight)))
-    return train.train_ddpm(c, sets), train.train_vgg(seeing, sets)
+    if perceptual:
+        c = SimpleNamespace(**vars(c) | dict(sampler=dict(perceptual_weight=1.0)))
+    return train.train_ddpm(c, sets), train.train_vgg(c, sets)
 
 
 def versions(c, name, sets):
@@ -50,6 +51,11 @@ def repaired(c, key, net, distance, ue, sampler, make=train.purified):
     made = train.cached(c, key, make, purifier=le.purify, net=net, distance=distance, images=ue,
                         sampler=sampler, seed=c.seed)
     return le.as_float(made["images"])
+
+
+def compared_otherwise(sampler):
+    """The sampler that compares grey where this one compares colour, and the reverse."""
+    return replace(sampler, compare="colour" if sampler.compare == "grey" else "grey")
 
 
 def slug(text):
@@ -83,6 +89,7 @@ def spread(c, kind, name, images, sets, victims=3):
 
 def shown(accuracies):
     """Mean and spread of victims' accuracies, as a text."""
+    accuracies = torch.as_tensor(accuracies)
     spread = f" ± {accuracies.std():.1f}" if len(accuracies) > 1 else ""
     return f"{accuracies.mean():.1f}{spread}"
 

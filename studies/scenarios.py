@@ -35,8 +35,8 @@ from studies.drawing import grid, plot_columns, plot_rows
 from studies.opponents import owner, reply, victims
 from studies.prior import few, prior, shift
 from studies.protections import OTHERS
-from studies.run import (accuracies_on, networks, opened, parser_of, repaired, shown, slug,
-                         spread, trained, versions)
+from studies.run import (accuracies_on, compared_otherwise, networks, opened, parser_of, repaired,
+                         shown, slug, spread, trained, versions)
 
 OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
@@ -59,9 +59,9 @@ def probe(c, sets, count):
     for name in c.protections:
         row = {"protection": name}
         for what, images in versions(c, name, sets).items():
-            row[f"probe on {what}"] = shown(torch.tensor([
+            row[f"probe on {what}"] = shown([
                 train.linear_probe(net.encoder, (images, labels), sets[c.evaluate])
-                for net in nets]))
+                for net in nets])
         rows.append(row)
     return rows
 
@@ -88,8 +88,8 @@ def worth(c, sets, count, protection="em-sample"):
             answers = torch.cat([own_labels[:n], labels[:len(more)]])
             mixed = sets | {"protected": (both, answers)}
             c.classifier["epochs"] = max(epochs, epochs * len(clean) // len(both))
-            seen = "and LE" if more is by_all else what    # one column is the other, in the end
-            key = f"worth-{protection}-{n}-{slug(seen)}"
+            column = "and LE" if more is by_all else what  # of all, the same LEs
+            key = f"worth-{protection}-{n}-{slug(column)}"
             row[what] = shown(spread(c, "classifier", key, both, mixed, count))
         rows.append(row)
     return rows
@@ -142,10 +142,10 @@ def others(c, sets, count, most=3000):
     sets = sets | {"protected": (clean, labels)}
     net, distance = networks(c, sets, perceptual=True)
     ours, released = le.Sampler(**c.sampler), le.SAMPLERS["released"]
-    other = "colour" if ours.compare == "grey" else "grey"
+    otherwise = compared_otherwise(ours)
     samplers = {
         "LE": ours,
-        f"LE, on {other}": replace(ours, compare=other),
+        f"LE, on {otherwise.compare}": otherwise,
         "LE, half the level": replace(ours, t_star=ours.t_star // 2),
         "LE, one round": replace(ours, rounds=1),
         "released, 20 levels": replace(released, t_star=20, steps=20),
