@@ -1294,12 +1294,10 @@ def probe_of(x, view, data):
 def test_SimCLR_can_be_fooled_by_a_code_that_is_added_after_the_views():
     # a positive control: if this fails, no noise could protect from SimCLR
     x, labels = train.shapes(1280, seed=0)
-    signs = torch.randint(0, 2, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    blocks = (signs * 48 / 255).repeat_interleave(4, 2).repeat_interleave(4, 3)[labels]
     code = torch.zeros_like(x)
-    code[:, :, :16, :16] = blocks
+    code[:, :, :16, :16] = contrastive.class_codes(10, 16, 48 / 255, seed=0)[labels]
     clean = probe_of(x, attacks.quadrant_view, (x, labels))
-    after = functools.partial(contrastive.coded_view, view=attacks.quadrant_view, codes=True)
+    after = functools.partial(contrastive.coded_view, view=attacks.quadrant_view)
     fooled = probe_of(torch.cat([x, code], 1), after, (x, labels))
     assert clean > 58 and fooled < clean - 15              # 68 and 43 when this was written
 
@@ -1664,7 +1662,7 @@ def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
 def test_main_pictures_puts_answers_of_scenarios_side_by_side(tmp_path, small_run):
     shutil.copytree(small_run, tmp_path / "run")
     for name in ("few", "part"):
-        rows = [{name: f"{n} %", "mix": f"{n} ± 1.0", "PSNR": "9 dB"} for n in (20, 50)]
+        rows = [{name: f"{n} %", "mix": f"{n}.0 ± 1.0", "PSNR": "9 dB"} for n in (20, 50)]
         (tmp_path / "run" / f"{name}.json").write_text(json.dumps(rows))
     pictures.main(["scenarios", *SMALL, "--out", str(tmp_path / "run")])
     assert Image.open(tmp_path / "run" / "scenarios.png").size == (2 * 620, 400)

@@ -8,10 +8,19 @@ from attacks import VIEWS, Victim, partner_scores
 from studies.run import judged, shown, slug, spread
 
 
-def coded_view(x, generator, view, codes):
-    """The view of an image, with a code of its own added after it (codes) or not (None)."""
+def coded_view(x, generator, view):
+    """The view of an image; a code that it carries in three more channels is added after it."""
     seen = view(x[:, :3], generator)
-    return seen + x[:, 3:, :seen.shape[2], :seen.shape[3]] if codes else seen
+    height, width = seen.shape[2:]
+    return seen + x[:, 3:, :height, :width] if x.shape[1] > 3 else seen
+
+
+def class_codes(classes, size, epsilon, seed):
+    """A pattern (3, size, size) of blocks of 4x4 pixels of +-epsilon for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (classes, 3, size // 4, size // 4), generator=generator)
+    blocks = epsilon * (2 * signs - 1)
+    return blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
 def fit_coded(victim, **how):
@@ -24,23 +33,23 @@ def code(c, sets, count):
 
     A positive control: SimCLR can be fooled by a code; what destroys it is the augmentation.
     """
-    c.evaluate, rows = "validation", []
+    c.evaluate = "validation"
     images, labels = sets["protected"]
-    g = torch.Generator().manual_seed(c.seed)
-    n, size = train.count_classes(sets), images.shape[-1]
-    blocks = torch.randint(0, 2, (n, 3, size // 4, size // 4), generator=g) * 2.0 - 1
-    pattern = (blocks * c.epsilon / 255).repeat_interleave(4, 2).repeat_interleave(4, 3)[labels]
-    config = c.resnet | dict(classes=n)
-    for view_name in VIEWS:
-        row = {"views": view_name}
-        carried = torch.cat([images, pattern], 1)          # the code travels as three more channels
-        for what, x, after in (("clean", images, False), ("code before", images + pattern, False),
-                               ("code after", carried, True)):
-            view = partial(coded_view, view=VIEWS[view_name], codes=after)
-            victim = Victim(partial(train.new_network, train.SimCLR, config), partial(
-                partner_scores, view=view, temperature=c.contrast["temperature"]))
-            key = f"code-{view_name}-{slug(what)}"
-            score = judged(c, key, fit_coded, victim, c.simclr, x, sets, c.seed)
+    classes = train.count_classes(sets)
+    codes = class_codes(classes, images.shape[-1], c.epsilon / 255, c.seed)[labels]
+    published = {
+        "clean": images,
+        "code before": images + codes,
+        "code after": torch.cat([images, codes], 1)}
+    network = partial(train.new_network, train.SimCLR, c.resnet | dict(classes=classes))
+    rows = []
+    for name, view in VIEWS.items():
+        scores = partial(partner_scores, view=partial(coded_view, view=view),
+                         temperature=c.contrast["temperature"])
+        row = {"views": name}
+        for what, x in published.items():
+            key = f"code-{name}-{slug(what)}"
+            score = judged(c, key, fit_coded, Victim(network, scores), c.simclr, x, sets, c.seed)
             row[what] = f"{score:.1f}"
         rows.append(row)
     return rows
@@ -48,11 +57,13 @@ def code(c, sets, count):
 
 def longer(c, sets, count, protection="cp-class"):
     """Does a victim that trains for longer get over the noise, or only then fall for it?"""
-    c.evaluate, rows = "validation", []
+    c.evaluate = "validation"
+    clean, _ = sets["protected"]
     ue = train.protect(c, protection, sets)
+    rows = []
     for epochs in (30, 60, 120):
         c.simclr["epochs"] = epochs
-        clean = spread(c, "simclr", f"longer-{epochs}-clean", sets["protected"][0], sets, count)
-        poisoned = spread(c, "simclr", f"longer-{epochs}-ue", ue, sets, count)
-        rows.append({"epochs": epochs, "clean": shown(clean), "UE": shown(poisoned)})
+        on_clean = spread(c, "simclr", f"longer-{epochs}-clean", clean, sets, count)
+        on_ue = spread(c, "simclr", f"longer-{epochs}-ue", ue, sets, count)
+        rows.append({"epochs": epochs, "clean": shown(on_clean), "UE": shown(on_ue)})
     return rows

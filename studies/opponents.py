@@ -67,35 +67,43 @@ def fit(victim, **how):
     return train.fit(victim, **how)
 
 
+def opponent(c, sets, architecture, kind, scores):
+    """A victim with another network than the story's."""
+    config = dict(kind=kind, size=c.size, widths=c.resnet["widths"],
+                  classes=train.count_classes(sets))
+    return Victim(partial(train.new_network, architecture, config), scores)
+
+
 def opponents(c, sets):
     """{name: (kind, victim, settings of its training)}. Transformers take time, small steps."""
-    config = dict(size=c.size, widths=c.resnet["widths"], classes=train.count_classes(sets))
+    plain_network = opponent(c, sets, encoder, "plain", class_scores)
+    transformer = opponent(c, sets, encoder, "transformer", class_scores)
     patient = c.classifier | dict(epochs=2 * c.classifier["epochs"], lr=0.05)
     views = partial(partner_scores, view=VIEWS[c.contrast["view"]],
                     temperature=c.contrast["temperature"])
+    simclr = opponent(c, sets, contrastive, "plain", views)
     return {
-        "plain network": ("classifier", Victim(partial(
-            train.new_network, encoder, config | dict(kind="plain")), class_scores), c.classifier),
-        "transformer": ("classifier", Victim(partial(
-            train.new_network, encoder, config | dict(kind="transformer")), class_scores), patient),
-        "SimCLR, plain network": ("simclr", Victim(partial(
-            train.new_network, contrastive, config | dict(kind="plain")), views), c.simclr)}
+        "plain network": ("classifier", plain_network, c.classifier),
+        "transformer": ("classifier", transformer, patient),
+        "SimCLR, plain network": ("simclr", simclr, c.simclr)}
 
 
 def victims(c, sets, count):
     """Noise is made against a ResNet; does it hold against others, and do LEs help them?"""
-    c.evaluate, rows = "validation", []
+    c.evaluate = "validation"
+    rows = []
     for name in c.protections:
-        found, kind = versions(c, name, sets), PROTECTIONS[name].victim
-        rows.append({"victim": f"ResNet, {name}"}
-                    | accuracies_on(c, kind, name, found, sets, count))
-        for opponent, (learns, victim, training) in opponents(c, sets).items():
+        found = versions(c, name, sets)
+        kind = PROTECTIONS[name].victim
+        surrogate = accuracies_on(c, kind, name, found, sets, count)
+        rows.append({"victim": f"ResNet, {name}"} | surrogate)
+        for other, (learns, victim, training) in opponents(c, sets).items():
             if learns != kind:
                 continue
-            row = {"victim": f"{opponent}, {name}"}
+            row = {"victim": f"{other}, {name}"}
             for what, images in found.items():
-                key = f"victims-{slug(opponent)}-"
-                key += what if what == "clean" else f"{name}-{what.lower()}"
+                version = what if what == "clean" else f"{name}-{what.lower()}"
+                key = f"victims-{slug(other)}-{version}"
                 row[what] = shown([
                     judged(c, f"{key}-{k}", fit, victim, training, images, sets, c.seed + k)
                     for k in range(count)])
@@ -128,46 +136,64 @@ def published(**inputs):
 def noise_of(c, sets, protection, what, known, epsilon):
     """UEs of a protection, at epsilon of 255, that knows a U-Net or (None) no sampler."""
     images, labels = sets["protected"]
-    make, how = train.published, dict(protection=PROTECTIONS[protection].make)
-    if known is not None:
-        make, how = published, dict(prior=known, level=c.sampler["t_star"])
+    how = c.noise[protection] | dict(epsilon=epsilon / 255, seed=c.seed)
+    if known is None:
+        make = train.published
+        how["protection"] = PROTECTIONS[protection].make
+    else:
+        make = published
+        how |= dict(prior=known, level=c.sampler["t_star"])
+    victim = train.victim_of(c, "classifier", sets)
     made = train.cached(c, f"owner-{epsilon:g}-{slug(what)}", make, images=images, labels=labels,
-                        victim=train.victim_of(c, "classifier", sets), epsilon=epsilon / 255,
-                        seed=c.seed, **how, **c.noise[protection])
+                        victim=victim, **how)
     return le.as_float(made["images"])
+
+
+def known_priors(c, images, net):
+    """{what the owner knows: the U-Net that his noise must survive}."""
+    return {
+        "as before": None,
+        "knows the sampler": prior(c, "owner-prior", images),
+        "knows its U-Net": net}
 
 
 def owner(c, sets, count, protection="em-class"):
     """Does noise survive that is larger, or knows the sampler? By a U-Net that the owner trains on
     the images before they are protected, or by the unauthorized user's own."""
-    c.evaluate, rows = "validation", []
-    (net, distance), images = networks(c, sets), sets["protected"][0]
-    clean = shown(spread(c, "classifier", "clean", images, sets, count))
-    priors = {"as before": None, "knows the sampler": prior(c, "owner-prior", images),
-              "knows its U-Net": net}
+    c.evaluate = "validation"
+    net, distance = networks(c, sets)
+    images, _ = sets["protected"]
+    on_clean = spread(c, "classifier", "clean", images, sets, count)
+    rows = []
     for epsilon in (c.epsilon, 2 * c.epsilon):
-        for what, known in priors.items():
+        for what, known in known_priors(c, images, net).items():
             key = f"owner-{epsilon:g}-{slug(what)}"
             ue = noise_of(c, sets, protection, what, known, epsilon)
             learnable = repaired(c, f"{key}-images", net, distance, ue, le.Sampler(**c.sampler))
-            rows.append({"noise": f"{what}, {epsilon:g}/255",
-                         "PSNR UE": f"{train.psnr(ue, images):.1f} dB", "clean": clean,
-                         "UE": shown(spread(c, "classifier", f"{key}-UE", ue, sets, count)),
-                         "LE": shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))})
+            on_ue = spread(c, "classifier", f"{key}-UE", ue, sets, count)
+            on_le = spread(c, "classifier", f"{key}-LE", learnable, sets, count)
+            rows.append({
+                "noise": f"{what}, {epsilon:g}/255",
+                "PSNR UE": f"{train.psnr(ue, images):.1f} dB",
+                "clean": shown(on_clean),
+                "UE": shown(on_ue),
+                "LE": shown(on_le)})
     return rows
 
 
 def reply(c, sets, count, protection="em-class"):
     """Do other samplers undo what this one does not? Noise that knows it, and any noise by a U-Net
     that has seen other images; beside them, what they cost where nothing had to be mended."""
-    c.evaluate, rows = "validation", []
+    c.evaluate = "validation"
     net, distance = networks(c, sets)
-    clean, ours = sets["protected"][0], le.Sampler(**c.sampler)
-    ue, knowing = [noise_of(c, sets, protection, what, known, c.epsilon) for what, known in (
-        ("as before", None), ("knows the sampler", prior(c, "owner-prior", clean)))]
-    cases = {"as before": (ue, net), "knows the sampler": (knowing, net)}
+    priors = known_priors(c, sets["protected"][0], net)
+    cases = {}
+    for what in ("as before", "knows the sampler"):
+        cases[what] = noise_of(c, sets, protection, what, priors[what], c.epsilon), net
+    ue, _ = cases["as before"]
     for what, images in foreign(c, len(sets["unprotected"][0])).items():
         cases[f"U-Net of {what}"] = ue, prior(c, f"shift-{what}", images)
+    ours = le.Sampler(**c.sampler)
     otherwise = compared_otherwise(ours)
     samplers = {
         "as it is": ours,
@@ -177,11 +203,12 @@ def reply(c, sets, count, protection="em-class"):
         "half the level": replace(ours, t_star=ours.t_star // 2),
         f"on {otherwise.compare}": otherwise,
         f"four times, on {otherwise.compare}": replace(otherwise, rounds=4 * ours.rounds)}
+    rows = []
     for label, sampler in samplers.items():
         row = {"sampler": label}
         for what, (published_images, used) in cases.items():
             key = f"reply-{slug(what)}-{slug(label)}"
-            made = repaired(c, f"{key}-images", used, distance, published_images, sampler)
-            row[what] = shown(spread(c, "classifier", f"{key}-LE", made, sets, count))
+            learnable = repaired(c, f"{key}-images", used, distance, published_images, sampler)
+            row[what] = shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))
         rows.append(row)
     return rows

@@ -27,20 +27,35 @@ from studies.drawing import beside, grid, plot, plot_columns
 from studies.run import first_of_each, networks, opened, parser_of, trained, versions
 
 
+def against(c, kind):
+    """The protections of the run that are made against a kind of victim."""
+    return [name for name in c.protections if PROTECTIONS[name].victim == kind]
+
+
+def versions_of(c, sets, names):
+    """{the story's name of a victim: the images that it learns from} for these protections."""
+    images = {}
+    for name in names:
+        found = versions(c, name, sets)
+        images["clean"] = found["clean"]
+        images[f"{name}-ue"] = found["UE"]
+        images[f"{name}-le"] = found["LE"]
+    return images
+
+
 def overview(c, sets, classes, path):
     """One class a column. The run's figure.png has every protection."""
     originals, labels = sets["protected"]
     places = first_of_each(labels)
     x = originals[places]
     rows = [("original", x)]
-    first = {}
-    for name in c.protections:
-        first.setdefault(PROTECTIONS[name].victim, name)
-    for name in first.values():
-        found = versions(c, name, sets)
-        ue = found["UE"][places]
-        rows += [(f"{name} UE", ue), ("its noise x16", 0.5 + 16 * (ue - x)),
-                 (f"{name} LE", found["LE"][places])]
+    for kind in ("classifier", "simclr"):
+        for name in against(c, kind)[:1]:
+            found = versions(c, name, sets)
+            ue = found["UE"][places]
+            rows.append((f"{name} UE", ue))
+            rows.append(("its noise x16", 0.5 + 16 * (ue - x)))
+            rows.append((f"{name} LE", found["LE"][places]))
     grid(path, rows, [str(classes[labels[i]])[:10] for i in places])
 
 
@@ -48,13 +63,17 @@ def forward(c, sets, classes, path, levels=(0, 10, 36, 100, 300, 1000)):
     """The same noise on an image and on its UE: what differs between them is soon nothing beside
     it, and what they show is not."""
     name = c.protections[0]
-    x = torch.stack([sets["protected"][0][2], train.protect(c, name, sets)[2]])
-    eps = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(c.seed))
-    rows = {text: [] for text in ("original", f"{name} UE", "difference x16")}
+    original = sets["protected"][0][2:3]
+    ue = train.protect(c, name, sets)[2:3]
+    generator = torch.Generator().manual_seed(c.seed)
+    eps = torch.randn(original.shape, generator=generator)
+    rows = {"original": [], f"{name} UE": [], "difference x16": []}
     for t in levels:
-        xt = unet.q_sample(x * 2 - 1, t, eps.expand_as(x)) / 2 + 0.5
-        for row, image in zip(rows.values(), (*xt, 0.5 + 16 * (xt[1] - xt[0]))):
-            row.append(image)
+        noisy = unet.q_sample(original * 2 - 1, t, eps) / 2 + 0.5
+        noisy_ue = unet.q_sample(ue * 2 - 1, t, eps) / 2 + 0.5
+        rows["original"] += noisy
+        rows[f"{name} UE"] += noisy_ue
+        rows["difference x16"] += 0.5 + 16 * (noisy_ue - noisy)
     grid(path, list(rows.items()), [f"t = {t}" for t in levels], zoom=3)
 
 
@@ -67,81 +86,83 @@ def strip(c, sets, classes, path):
     sampler = le.Sampler(**c.sampler)
     net, distance = networks(c, sets)
     visited = unet.visited_levels(sampler.t_star, sampler.steps)[:-1]
+    original = sets["protected"][0][2]
     rows = []
     for name in c.protections:
-        ue = on_device(train.protect(c, name, sets)[2:3])
-        draw = partial(normal_like, ue, torch.Generator().manual_seed(c.seed))
+        ue = train.protect(c, name, sets)[2]
+        y = on_device(ue[None] * 2 - 1)
+        draw = partial(normal_like, y, torch.Generator().manual_seed(c.seed))
         trace = []
         with torch.no_grad():
-            made = le.denoise(net, distance, ue * 2 - 1, sampler, draw, trace)
-        noisy = [xt[0].cpu() / 2 + 0.5 for xt in trace[-sampler.steps:]]
-        rows.append((name, [sets["protected"][0][2], ue[0].cpu(), *noisy, made[0].cpu() / 2 + 0.5]))
+            made = le.denoise(net, distance, y, sampler, draw, trace)
+        way = [xt[0].cpu() / 2 + 0.5 for xt in [*trace[-sampler.steps:], made]]
+        rows.append((name, [original, ue, *way]))
     grid(path, rows, ["original", "UE", *(f"t = {t}" for t in visited), "LE"])
-
-
-TITLES = {"classifier": "loss of classifiers: on UEs it falls before there is time to learn",
-          "simclr": "NT-Xent of SimCLR: on UEs it falls before there is time to learn"}
 
 
 def curves(c, sets, classes, path):
     """One picture for each kind of victim; the second one's name ends in -simclr."""
-    for kind, title in TITLES.items():
-        names = [name for name in c.protections if PROTECTIONS[name].victim == kind]
-        images = {"clean": sets["protected"][0]}
-        for name in names:
-            found = versions(c, name, sets)
-            images |= {f"{name}-ue": found["UE"], f"{name}-le": found["LE"]}
-        series = []
-        for name in images if names else []:
-            train.train_victim(c, kind, name, images[name], sets)
-            losses = unet.read(c.run / f"{kind}-{name}.pt")["losses"]
-            series.append((name, [(i, loss, 0, "") for i, loss in enumerate(losses, 1)]))
-        if series:
-            values = [loss for _, points in series for _, loss, *_ in points]
-            y_range = (min(values) - 0.05, min(max(values), min(values) + 2.2))
-            target = path if kind == "classifier" else path.with_stem(f"{path.stem}-simclr")
-            plot(series, "epoch", title, y_range).save(target)
+    draw_curves(c, sets, "classifier", path,
+                "loss of classifiers: on UEs it falls before there is time to learn")
+    draw_curves(c, sets, "simclr", path.with_stem(f"{path.stem}-simclr"),
+                "NT-Xent of SimCLR: on UEs it falls before there is time to learn")
 
 
-def of_kind(c, sets, kind):
-    """{name: images} of clean images, UEs and LEs of the first protection against such a victim."""
-    name = next((name for name in c.protections if PROTECTIONS[name].victim == kind), None)
-    if name is None:
-        return {}
-    found = versions(c, name, sets)
-    return {"clean": found["clean"], f"{name}-ue": found["UE"], f"{name}-le": found["LE"]}
+def draw_curves(c, sets, kind, path, title):
+    series = []
+    for name, images in versions_of(c, sets, against(c, kind)).items():
+        train.train_victim(c, kind, name, images, sets)
+        losses = unet.read(c.run / f"{kind}-{name}.pt")["losses"]
+        series.append((name, [(i, loss, 0, "") for i, loss in enumerate(losses, 1)]))
+    if series:
+        values = [loss for _, points in series for _, loss, *_ in points]
+        low = min(values)
+        high = min(max(values), low + 2.2)
+        plot(series, "epoch", title, (low - 0.05, high)).save(path)
 
 
 def confusion(c, sets, classes, path):
     """Rows are classes, columns answers; blue is often."""
     images, labels = sets[c.evaluate]
-    n, blue, matrices = len(classes), torch.tensor([0.0, 0.45, 0.7]).view(3, 1, 1), {}
-    for name, version in of_kind(c, sets, "classifier").items():
+    n = len(classes)
+    blue = torch.tensor([0.0, 0.45, 0.7]).view(3, 1, 1)
+    matrices = {}
+    names = against(c, "classifier")[:1]
+    for name, version in versions_of(c, sets, names).items():
         net = trained(c, "classifier", name, version, sets)
         answers = train.in_parts(net, images).argmax(1)
         counts = (n * labels + answers).bincount(minlength=n * n).view(n, n)
         share = counts / counts.sum(1, keepdim=True).clamp_min(1)
         matrices[name] = 0.94 + (blue - 0.94) * share
-    rows = [(str(classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices.values()])
-            for i in range(n)]
+    rows = []
+    for i in range(n):
+        rows.append((str(classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices.values()]))
     if matrices:
         grid(path, rows, list(matrices), zoom=24)
 
 
+def directions(encoder, images):
+    """Features (N, c) of unit length."""
+    return F.normalize(train.in_parts(encoder.features, images), dim=1)
+
+
 def neighbours(c, sets, classes, path, count=4):
     """Of three test images: `count` neighbours each, by an encoder of clean images, UEs and LEs."""
-    (x, _), (test, labels) = sets["unprotected"], sets[c.evaluate]
-    places, rows = first_of_each(labels, 3), []
-    for name, version in of_kind(c, sets, "simclr").items():
+    known, _ = sets["unprotected"]
+    test, labels = sets[c.evaluate]
+    asked = test[first_of_each(labels, 3)]
+    rows = []
+    names = against(c, "simclr")[:1]
+    for name, version in versions_of(c, sets, names).items():
         encoder = trained(c, "simclr", name, version, sets).encoder
-        known = F.normalize(train.in_parts(encoder.features, x), dim=1)
-        asked = F.normalize(train.in_parts(encoder.features, test[places]), dim=1)
+        cosines = directions(encoder, asked) @ directions(encoder, known).T
         row = []
-        for place, nearest in zip(places, (asked @ known.T).topk(count).indices):
-            row += [test[place], *x[nearest], torch.ones_like(test[0])]
+        for image, nearest in zip(asked, cosines.topk(count).indices):
+            row += [image, *known[nearest], torch.ones_like(image)]
         rows.append((f"by SimCLR on {name}", row))
     if rows:
-        grid(path, rows, (["test image", "its neighbours"] + [""] * count) * 3, margin=170)
+        titles = ["test image", "its neighbours"] + [""] * count
+        grid(path, rows, 3 * titles, margin=170)
 
 
 QUESTIONS = {"worth": "what LEs add to n images of one's own: accuracy, %",

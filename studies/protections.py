@@ -18,12 +18,13 @@ def patches(images, labels, victim, *, epsilon, seed, report, size=8, spread=0.2
     that a linear classifier tells the classes apart: each patch has one colour, within epsilon.
     """
     generator = torch.Generator().manual_seed(seed)
-    n, side = len(images), images.shape[-1] // size
-    corners = torch.randint(0, 2, (int(labels.max()) + 1, 3, side, side), generator=generator)
+    side = images.shape[-1] // size
+    classes = int(labels.max()) + 1
+    corners = torch.randint(0, 2, (classes, 3, side, side), generator=generator)
     points = 2.0 * corners[labels.cpu()] - 1
     points = points + spread * torch.randn(points.shape, generator=generator)
     colours = points.clamp(-1, 1).repeat_interleave(size, 2).repeat_interleave(size, 3)
-    report(n, n)
+    report(len(images), len(images))
     return publish(images, epsilon * colours.to(images))
 
 
@@ -34,8 +35,10 @@ def one_pixel(images, labels, victim, *, epsilon, seed, report):
     """
     ue = images.clone()
     taken = torch.zeros(images.shape[2:], dtype=torch.bool, device=images.device)
-    colours = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).to(images)
-    for k in labels.unique():
+    level = torch.tensor([0.0, 1.0])
+    colours = torch.cartesian_prod(level, level, level).to(images)
+    classes = labels.unique()
+    for k in classes:
         own = images[labels == k]
         gains = []
         for colour in colours:
@@ -47,7 +50,7 @@ def one_pixel(images, labels, victim, *, epsilon, seed, report):
         row, column = divmod(place, images.shape[3])
         taken[row, column] = True
         ue[labels == k, :, row, column] = colours[colour]
-        report(int(k) + 1, len(labels.unique()))
+        report(int(k) + 1, len(classes))
     return publish(ue, 0)
 
 
@@ -57,7 +60,8 @@ def targeted(images, labels, victim, *, epsilon, seed, report, batches, steps, s
     Poisons"): noise that a network trained on clean images takes for the third class after theirs.
     """
     generator = torch.Generator().manual_seed(seed)
-    perturbation, rows = torch.zeros_like(images), torch.arange(len(images))
+    perturbation = torch.zeros_like(images)
+    rows = torch.arange(len(images))
     net = victim.network(seed + 1000)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     train_surrogate(net, optimizer, victim, images, labels, perturbation, rows, batches, batch_size,
@@ -89,4 +93,5 @@ OTHERS = {
     "patches": Protection(patches),
     "one-pixel": Protection(one_pixel),
     "targeted": Protection(targeted, settings=dict(batches=500, steps=30)),
-    "augmented": Protection(augmented, settings=dict(class_wise=True, rounds=40, noise_batches=10))}
+    "augmented": Protection(augmented, settings=dict(
+        class_wise=True, rounds=40, noise_batches=10))}

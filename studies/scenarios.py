@@ -33,7 +33,7 @@ from studies.ablation import SIMPLE
 from studies.contrastive import code, longer
 from studies.drawing import grid, plot_columns, plot_rows
 from studies.opponents import owner, reply, victims
-from studies.prior import few, prior, shift
+from studies.prior import counts_up_to, few, prior, shift
 from studies.protections import OTHERS
 from studies.run import (accuracies_on, compared_otherwise, networks, opened, parser_of, repaired,
                          shown, slug, spread, trained, versions)
@@ -54,8 +54,10 @@ def cross(c, sets, count):
 
 def probe(c, sets, count):
     """Encoders of clean images; their probes learn from published images and their labels."""
-    c.evaluate, (clean, labels), rows = "validation", sets["protected"], []
+    c.evaluate = "validation"
+    clean, labels = sets["protected"]
     nets = [trained(c, "simclr", "clean", clean, sets, k) for k in range(count)]
+    rows = []
     for name in c.protections:
         row = {"protection": name}
         for what, images in versions(c, name, sets).items():
@@ -71,19 +73,23 @@ def worth(c, sets, count, protection="em-sample"):
     none. LEs by pixel distance: the run's perceptual one has learned from labels he lacks. Victims
     of few images train for as many steps as the story's.
     """
-    c.evaluate, rows = "validation", []
-    (own, own_labels), (clean, labels) = sets["unprotected"], sets["protected"]
-    ue, epochs = train.protect(c, protection, sets), c.classifier["epochs"]
+    c.evaluate = "validation"
+    own, own_labels = sets["unprotected"]
+    clean, labels = sets["protected"]
+    ue = train.protect(c, protection, sets)
+    epochs = c.classifier["epochs"]
     net, _ = networks(c, sets)
+    rows = []
     pixels = replace(le.Sampler(**c.sampler), perceptual_weight=0.0, pixel_above=0)
     by_all = repaired(c, "worth-le", net, None, ue, pixels)
-    for n in sorted({min(n, len(own)) for n in (64, 256, 1024, len(own))}):
+    for n in counts_up_to(len(own)):
         by_few = by_all
         if n < len(own):
             by_few = repaired(c, f"worth-{n}-le", prior(c, f"few-{n}", own[:n]), None, ue, pixels)
         row = {"own images": n}
-        for what, more in {"alone": own[:0], "and UE": ue, "and LE": by_all,
-                           "and LE, U-Net of own": by_few, "and clean": clean}.items():
+        added = {"alone": own[:0], "and UE": ue, "and LE": by_all, "and LE, U-Net of own": by_few,
+                 "and clean": clean}
+        for what, more in added.items():
             both = torch.cat([own[:n], more])
             answers = torch.cat([own_labels[:n], labels[:len(more)]])
             mixed = sets | {"protected": (both, answers)}
@@ -97,9 +103,11 @@ def worth(c, sets, count, protection="em-sample"):
 
 def part(c, sets, count, protection="em-sample"):
     """Everything is purified, protected or not, since nobody knows which is."""
-    c.evaluate, rows = "validation", []
+    c.evaluate = "validation"
     found = versions(c, protection, sets)
-    kind, (clean, labels) = PROTECTIONS[protection].victim, sets["protected"]
+    kind = PROTECTIONS[protection].victim
+    clean, labels = sets["protected"]
+    rows = []
     purified_clean = train.purify(c, "nothing", clean, *networks(c, sets))
     for share in (0, 20, 50, 80, 100):
         n = len(clean) * share // 100
@@ -118,8 +126,9 @@ def part(c, sets, count, protection="em-sample"):
 
 def strides(c, sets, count):
     """How many network evaluations does an image need?"""
-    c.evaluate, rows = "validation", []
+    c.evaluate = "validation"
     net, distance = networks(c, sets)
+    rows = []
     for steps in (0, 1, 2, 4, 8, 36):
         row = {"evaluations": steps * c.sampler["rounds"]}
         for name in c.protections:
@@ -137,11 +146,12 @@ def others(c, sets, count, most=3000):
     """What undoes protections for which nothing was tuned? What needs no network; our sampler, as
     it is and with one thing changed; the released one, which takes its time, so for `most` images.
     """
-    c.evaluate, rows, looks = "validation", {}, []
+    c.evaluate = "validation"
     clean, labels = [part[:most] for part in sets["protected"]]
     sets = sets | {"protected": (clean, labels)}
     net, distance = networks(c, sets, perceptual=True)
-    ours, released = le.Sampler(**c.sampler), le.SAMPLERS["released"]
+    ours = le.Sampler(**c.sampler)
+    released = le.SAMPLERS["released"]
     otherwise = compared_otherwise(ours)
     samplers = {
         "LE": ours,
@@ -150,8 +160,10 @@ def others(c, sets, count, most=3000):
         "LE, one round": replace(ours, rounds=1),
         "released, 20 levels": replace(released, t_star=20, steps=20),
         "released, 36 levels": released}
+    rows, looks = {}, []
     for name in [name for name in OTHERS if name in c.protections] or OTHERS:
-        kind, ue = PROTECTIONS[name].victim, train.protect(c, name, sets)
+        kind = PROTECTIONS[name].victim
+        ue = train.protect(c, name, sets)
         found = {"clean": clean, "UE": ue}
         for label in ("JPEG 10", "median 3x3"):
             found[label] = SIMPLE[label](ue, None)
