@@ -189,15 +189,14 @@ def judge(c, name, sets, ue, le):
                 psnr_ue=round(psnr(ue, images), 2), psnr_le=round(psnr(le, images), 2))
 
 
-def train_victim(c, kind, name, images, sets, seed=None):
+def train_victim(c, kind, name, images, sets):
     """Accuracy in percent, on clean images, of a victim of this kind (classifier or simclr) that
     is trained on `images` in place of the protected ones."""
-    seed = c.seed if seed is None else seed
     victim = victim_of(c, kind, sets)
     training = c.classifier if kind == "classifier" else c.simclr
-    made = cached(c, f"{kind}-{name}", fit, victim=victim, images=images, seed=seed,
+    made = cached(c, f"{kind}-{name}", fit, victim=victim, images=images, seed=c.seed,
                   labels=sets["protected"][1], **training)
-    net = victim.network(seed).eval()
+    net = victim.network(c.seed).eval()
     net.load_state_dict(made["weights"])
     if kind == "classifier":
         score = accuracy(net, *sets[c.evaluate])

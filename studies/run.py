@@ -68,23 +68,29 @@ def first_of_each(labels, n=10):
     return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:n]
 
 
-def numbered(name, k):
-    """The story's name of its own victim, the first, and names for those of further seeds."""
-    return f"{name}-{k}" if k else name
+def victim_number(c, name, k):
+    """The run with the k-th seed after its own, and the story's name of that victim; the first is
+    the story's own."""
+    other = SimpleNamespace(**vars(c) | dict(seed=c.seed + k))
+    return other, f"{name}-{k}" if k else name
 
 
 def trained(c, kind, name, images, sets, k=0):
-    """The network of a victim, of the run's own seed or the k-th after it."""
-    train.train_victim(c, kind, numbered(name, k), images, sets, c.seed + k)
-    net = train.victim_of(c, kind, sets).network(c.seed + k).eval()
-    net.load_state_dict(train.unet.read(c.run / f"{kind}-{numbered(name, k)}.pt")["weights"])
+    """The network of a victim of the k-th seed."""
+    c, name = victim_number(c, name, k)
+    train.train_victim(c, kind, name, images, sets)
+    net = train.victim_of(c, kind, sets).network(c.seed).eval()
+    net.load_state_dict(train.unet.read(c.run / f"{kind}-{name}.pt")["weights"])
     return net
 
 
 def spread(c, kind, name, images, sets, victims=3):
     """Accuracies (victims,) of victims of several seeds, trained on the images."""
-    return torch.tensor([train.train_victim(c, kind, numbered(name, k), images, sets, c.seed + k)
-                         for k in range(victims)])
+    accuracies = []
+    for k in range(victims):
+        other, numbered = victim_number(c, name, k)
+        accuracies.append(train.train_victim(other, kind, numbered, images, sets))
+    return torch.tensor(accuracies)
 
 
 def shown(accuracies):
