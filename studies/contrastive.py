@@ -46,11 +46,11 @@ def code(c, sets, count):
     for name, view in VIEWS.items():
         scores = partial(partner_scores, view=partial(coded_view, view=view),
                          temperature=c.contrast["temperature"])
+        victim = Victim(network, scores)
         row = {"views": name}
         for what, x in published.items():
             key = f"code-{name}-{slug(what)}"
-            score = judged(c, key, fit_coded, Victim(network, scores), c.simclr, x, sets, c.seed)
-            row[what] = f"{score:.1f}"
+            row[what] = shown(judged(c, key, fit_coded, victim, c.simclr, x, sets, count))
         rows.append(row)
     return rows
 

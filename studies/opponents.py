@@ -104,9 +104,7 @@ def victims(c, sets, count):
             for what, images in found.items():
                 version = what if what == "clean" else f"{name}-{what.lower()}"
                 key = f"victims-{slug(other)}-{version}"
-                row[what] = shown([
-                    judged(c, f"{key}-{k}", fit, victim, training, images, sets, c.seed + k)
-                    for k in range(count)])
+                row[what] = shown(judged(c, key, fit, victim, training, images, sets, count))
             rows.append(row)
     return rows
 

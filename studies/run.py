@@ -93,6 +93,24 @@ def spread(c, kind, name, images, sets, victims=3):
     return torch.tensor(accuracies)
 
 
+def judged(c, key, make, victim, training, images, sets, victims=3):
+    """The same of a victim that the story does not know, by its probe if it is an encoder. `make`
+    is `train.fit` by a function of the study's file, so that the cache sees the study's code."""
+    accuracies = []
+    for k in range(victims):
+        other, numbered = victim_number(c, key, k)
+        made = train.cached(other, numbered, make, victim=victim, images=images,
+                            labels=sets["protected"][1], seed=other.seed, **training)
+        net = victim.network(other.seed).eval()
+        net.load_state_dict(made["weights"])
+        if isinstance(net, train.SimCLR):
+            score = train.linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
+        else:
+            score = train.accuracy(net, *sets[c.evaluate])
+        accuracies.append(score)
+    return torch.tensor(accuracies)
+
+
 def shown(accuracies):
     """Mean and spread of victims' accuracies, as a text."""
     accuracies = torch.as_tensor(accuracies)
@@ -107,18 +125,6 @@ def accuracies_on(c, kind, prefix, found, sets, count):
         key = what if what == "clean" else f"{prefix}-{what.lower()}"
         row[what] = shown(spread(c, kind, key, images, sets, count))
     return row
-
-
-def judged(c, key, make, victim, training, images, sets, seed):
-    """Accuracy of a victim that the story does not know, by its probe if it is an encoder. `make`
-    is `train.fit` by a function of the study's file, so that the cache sees the study's code."""
-    made = train.cached(c, key, make, victim=victim, images=images, labels=sets["protected"][1],
-                        seed=seed, **training)
-    net = victim.network(seed).eval()
-    net.load_state_dict(made["weights"])
-    if isinstance(net, train.SimCLR):
-        return train.linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
-    return train.accuracy(net, *sets[c.evaluate])
 
 
 def chosen(rows, only):
