@@ -1100,24 +1100,21 @@ def test_main_purify_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys
 def test_main_purify_refuses_targets_that_are_taken(tmp_path, checkpoints, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    (out / "b.jpg.png").mkdir(parents=True)
-    for name, message in (("a.jpg", "would both become"), ("b.jpg", "b.jpg.png: a folder")):
-        picture("RGB").save(source / name)
-        if name == "a.jpg":
-            picture("RGB").save(source / "a.jpg.png")
-        assert message in refusal(own_images.main, [source, out, *checkpoints], capsys)
-        for file in source.iterdir():
-            file.unlink()
+    picture("RGB").save(source / "a.jpg")
+    (out / "a.jpg.png").mkdir(parents=True)
+    command = [source, out, *checkpoints]
+    assert "a.jpg.png: a folder" in refusal(own_images.main, command, capsys)
+    (out / "a.jpg.png").rmdir()
+    picture("RGB").save(source / "a.jpg.png")
+    assert "would both become" in refusal(own_images.main, command, capsys)
 
 
 def test_main_purify_takes_names_of_any_bytes_and_length(tmp_path, checkpoints, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    names = [b"\xff\xfe.jpg", "ü.png".encode(), b"l" * 251 + b".jpg"]
-    for name in names:
-        picture("RGB").save(source / "a.jpg" if name.endswith(b"jpg") else source / "a.png")
-        os.rename(source / ("a.jpg" if name.endswith(b"jpg") else "a.png"),
-                  os.path.join(os.fsencode(source), name))
+    for name in (b"\xff\xfe.jpg", "ü.png".encode(), b"l" * 251 + b".jpg"):
+        with open(os.path.join(os.fsencode(source), name), "wb") as file:
+            picture("RGB").save(file, "PNG")               # the content decides, not the name
     said = refusal(own_images.main, [source, out, *checkpoints], capsys, code=1)
     assert "its name leaves no room" in said
     assert sorted(os.listdir(os.fsencode(out))) == [b"\xc3\xbc.png", b"\xff\xfe.jpg.png"]
@@ -1652,8 +1649,7 @@ with le.processes():
 def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
     shutil.copytree(small_run, tmp_path / "run")
     name, *options = study
-    module = __import__(f"studies.{name}", fromlist=["main"])
-    module.main([*options, *SMALL, "--out", str(tmp_path / "run")])
+    importlib.import_module(f"studies.{name}").main([*options, *SMALL, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert ("ddpm: kept" in said or name == "scenarios") and (written or said.count("|") > 10)
     for picture_name in written:
@@ -1675,8 +1671,8 @@ def test_main_pictures_puts_answers_of_scenarios_side_by_side(tmp_path, small_ru
     (["ablation", "--only", "soap"], "no run yet"), (["scenarios", "money"], "invalid choice"),
 ])
 def test_main_studies_say_in_one_line_what_they_lack(tmp_path, capsys, study, message):
-    module = __import__(f"studies.{study[0]}", fromlist=["main"])
-    said = refusal(module.main, [*study[1:], "--out", tmp_path / "none"], capsys)
+    program = importlib.import_module(f"studies.{study[0]}").main
+    said = refusal(program, [*study[1:], "--out", tmp_path / "none"], capsys)
     assert message in said and said.count("\n") == 1
 
 
