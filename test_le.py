@@ -1637,6 +1637,7 @@ with le.processes():
     (["scenarios", "probe", "--victims", "2"], ["probe"]),
     (["scenarios", "others", "--protections", "targeted", "--sampler.perceptual_weight", "0"],
      ["others", "others-images"]),                         # as on photographs
+    (["scenarios", "mend", "--victims", "1"], ["mend"]),
     (["scenarios", "few", "--victims", "1"], ["few"]),
     (["scenarios", "shift", "--victims", "1"], ["shift", "shift-images"]),
     (["scenarios", "victims", "--victims", "1", "--protections", "em-class"], ["victims"]),

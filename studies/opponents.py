@@ -11,8 +11,8 @@ import train
 import unet
 from attacks import PROTECTIONS, VIEWS, Victim, class_scores, min_min, partner_scores
 from studies.prior import foreign, prior
-from studies.run import (accuracies_on, compared_otherwise, judged, networks, repaired, shown, slug,
-                         spread, versions)
+from studies.run import (accuracies_on, by_sampler, compared_otherwise, judged, networks, repaired,
+                         shown, slug, spread, versions)
 
 
 # -- Victims that the protection did not expect ----------------------------------------------------
@@ -201,12 +201,4 @@ def reply(c, sets, count, protection="em-class"):
         "half the level": replace(ours, t_star=ours.t_star // 2),
         f"on {otherwise.compare}": otherwise,
         f"four times, on {otherwise.compare}": replace(otherwise, rounds=4 * ours.rounds)}
-    rows = []
-    for label, sampler in samplers.items():
-        row = {"sampler": label}
-        for what, (published_images, used) in cases.items():
-            key = f"reply-{slug(what)}-{slug(label)}"
-            learnable = repaired(c, f"{key}-images", used, distance, published_images, sampler)
-            row[what] = shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))
-        rows.append(row)
-    return rows
+    return by_sampler(c, sets, "reply", cases, samplers, distance, count)

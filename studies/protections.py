@@ -1,14 +1,20 @@
-"""Other people's protections, for which nothing was tuned: `python -m studies.scenarios others`
+"""Protections for which nothing was tuned: `python -m studies.scenarios others`, or `mend`.
 
 Each has the signature of an entry of `attacks.PROTECTIONS`: (images (N, 3, H, W) in [0, 1], labels
 (N,), victim, *, epsilon, seed, report) -> unlearnable examples of the same shape.
 """
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from attacks import (Protection, Victim, min_min, noise_gradient, noise_step, publish, simclr_view,
-                     train_surrogate)
+import le
+import train
+from attacks import (PROTECTIONS, Protection, Victim, min_min, noise_gradient, noise_step, publish,
+                     simclr_view, train_surrogate)
+from studies.ablation import SIMPLE
+from studies.drawing import grid
+from studies.run import by_sampler, compared_otherwise, networks, repaired, shown, slug, spread
 
 
 def patches(images, labels, victim, *, epsilon, seed, report, size=8, spread=0.25):
@@ -95,3 +101,65 @@ OTHERS = {
     "targeted": Protection(targeted, settings=dict(batches=500, steps=30)),
     "augmented": Protection(augmented, settings=dict(
         class_wise=True, rounds=40, noise_batches=10))}
+
+
+# -- What undoes them ------------------------------------------------------------------------------
+
+def protected_part(sets, most):
+    """The first protected images, and the sets with no others."""
+    images, labels = [part[:most] for part in sets["protected"]]
+    return images, sets | {"protected": (images, labels)}
+
+
+def others(c, sets, count, most=3000):
+    """What undoes protections for which nothing was tuned? What needs no network; our sampler, as
+    it is and with one thing changed; the released one, which takes its time, so for `most` images.
+    """
+    c.evaluate = "validation"
+    clean, sets = protected_part(sets, most)
+    net, distance = networks(c, sets, perceptual=True)
+    ours = le.Sampler(**c.sampler)
+    released = le.SAMPLERS["released"]
+    otherwise = compared_otherwise(ours)
+    samplers = {
+        "LE": ours,
+        f"LE, on {otherwise.compare}": otherwise,
+        "LE, half the level": replace(ours, t_star=ours.t_star // 2),
+        "LE, one round": replace(ours, rounds=1),
+        "released, 20 levels": replace(released, t_star=20, steps=20),
+        "released, 36 levels": released}
+    rows, looks = {}, []
+    for name in [name for name in OTHERS if name in c.protections] or OTHERS:
+        kind = PROTECTIONS[name].victim
+        ue = train.protect(c, name, sets)
+        found = {"clean": clean, "UE": ue}
+        for label in ("JPEG 10", "median 3x3"):
+            found[label] = SIMPLE[label](ue, None)
+        for label, sampler in samplers.items():
+            key = f"others-{name}-{slug(label)}-images"
+            found[label] = repaired(c, key, net, distance, ue, sampler)
+        looks += [(f"{name}: {what}", found[what][:8]) for what in ("UE", "LE")]
+        for what, images in found.items():
+            key = f"others-{what}" if what == "clean" else f"others-{name}-{slug(what)}"
+            row = rows.setdefault(what, {"images": what})
+            row[name] = shown(spread(c, kind, key, images, sets, count))
+    grid(c.run / "others-images.png", looks, margin=130)
+    return list(rows.values())
+
+
+def mend(c, sets, count, most=3000):
+    """What would undo targeted poisons, and what does it cost where nothing had to be mended?"""
+    c.evaluate = "validation"
+    clean, sets = protected_part(sets, most)
+    net, distance = networks(c, sets)
+    cases = {"clean": (clean, net)}
+    for name in ("patches", "targeted"):
+        cases[name] = train.protect(c, name, sets), net
+    ours = le.Sampler(**c.sampler)
+    samplers = {"as it is": ours}
+    for share, name in ((0.5, "half"), (0.25, "a quarter"), (0, "none")):
+        samplers[f"{name} of the weight"] = replace(
+            ours, pixel_weight=share * ours.pixel_weight,
+            perceptual_weight=share * ours.perceptual_weight)
+    samplers["half the level"] = replace(ours, t_star=ours.t_star // 2)
+    return by_sampler(c, sets, "mend", cases, samplers, distance, count)

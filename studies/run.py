@@ -127,6 +127,19 @@ def accuracies_on(c, kind, prefix, found, sets, count):
     return row
 
 
+def by_sampler(c, sets, name, cases, samplers, distance, count):
+    """Rows, a sampler each, of the accuracy on what it makes of each case: (images, U-Net)."""
+    rows = []
+    for label, sampler in samplers.items():
+        row = {"sampler": label}
+        for what, (images, net) in cases.items():
+            key = f"{name}-{slug(what)}-{slug(label)}"
+            learnable = repaired(c, f"{key}-images", net, distance, images, sampler)
+            row[what] = shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))
+        rows.append(row)
+    return rows
+
+
 def chosen(rows, only):
     """Those rows of a dict that --only names, or all."""
     if only and only not in rows:

@@ -9,6 +9,7 @@ code      why views matter: a perfect code for each class, added before the view
 worth     n labelled images of one's own: alone, with UEs, with LEs, with clean images
 part      only a part of what is published is protected, and nobody knows which
 others    protections for which nothing here was tuned (studies/protections.py)
+mend      what would undo the one that holds, and what that costs
 few       how few unprotected images the U-Net needs (studies/prior.py)
 shift     a U-Net that has seen other images than those it purifies
 strides   how many network evaluations an image needs, from none to 36 a round
@@ -29,14 +30,13 @@ import le
 import train
 from attacks import PROTECTIONS
 from le import BadInput
-from studies.ablation import SIMPLE
 from studies.contrastive import code, longer
-from studies.drawing import grid, plot_columns, plot_rows
+from studies.drawing import plot_columns, plot_rows
 from studies.opponents import owner, reply, victims
 from studies.prior import counts_up_to, few, prior, shift
-from studies.protections import OTHERS
-from studies.run import (accuracies_on, compared_otherwise, networks, opened, parser_of, repaired,
-                         shown, slug, spread, trained, versions)
+from studies.protections import OTHERS, mend, others
+from studies.run import (accuracies_on, networks, opened, parser_of, repaired, shown, slug, spread,
+                         trained, versions)
 
 OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
@@ -142,46 +142,9 @@ def strides(c, sets, count):
     return rows
 
 
-def others(c, sets, count, most=3000):
-    """What undoes protections for which nothing was tuned? What needs no network; our sampler, as
-    it is and with one thing changed; the released one, which takes its time, so for `most` images.
-    """
-    c.evaluate = "validation"
-    clean, labels = [part[:most] for part in sets["protected"]]
-    sets = sets | {"protected": (clean, labels)}
-    net, distance = networks(c, sets, perceptual=True)
-    ours = le.Sampler(**c.sampler)
-    released = le.SAMPLERS["released"]
-    otherwise = compared_otherwise(ours)
-    samplers = {
-        "LE": ours,
-        f"LE, on {otherwise.compare}": otherwise,
-        "LE, half the level": replace(ours, t_star=ours.t_star // 2),
-        "LE, one round": replace(ours, rounds=1),
-        "released, 20 levels": replace(released, t_star=20, steps=20),
-        "released, 36 levels": released}
-    rows, looks = {}, []
-    for name in [name for name in OTHERS if name in c.protections] or OTHERS:
-        kind = PROTECTIONS[name].victim
-        ue = train.protect(c, name, sets)
-        found = {"clean": clean, "UE": ue}
-        for label in ("JPEG 10", "median 3x3"):
-            found[label] = SIMPLE[label](ue, None)
-        for label, sampler in samplers.items():
-            key = f"others-{name}-{slug(label)}-images"
-            found[label] = repaired(c, key, net, distance, ue, sampler)
-        looks += [(f"{name}: {what}", found[what][:8]) for what in ("UE", "LE")]
-        for what, images in found.items():
-            key = f"others-{what}" if what == "clean" else f"others-{name}-{slug(what)}"
-            row = rows.setdefault(what, {"images": what})
-            row[name] = shown(spread(c, kind, key, images, sets, count))
-    grid(c.run / "others-images.png", looks, margin=130)
-    return list(rows.values())
-
-
 SCENARIOS = dict(cross=cross, code=code, longer=longer, probe=probe, worth=worth, part=part,
-                 others=others, few=few, shift=shift, victims=victims, owner=owner,
-                 reply=reply, strides=strides)
+                 others=others, mend=mend, few=few, shift=shift, victims=victims,
+                 owner=owner, reply=reply, strides=strides)
 
 
 def draw(name, rows):
