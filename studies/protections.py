@@ -157,9 +157,8 @@ def mend(c, sets, count, most=3000):
         cases[name] = train.protect(c, name, sets), net
     ours = le.Sampler(**c.sampler)
     samplers = {"as it is": ours}
-    for share, name in ((0.5, "half"), (0.25, "a quarter"), (0, "none")):
+    for share, name in ((1 / 2, "half"), (1 / 3, "a third"), (1 / 4, "a quarter")):
         samplers[f"{name} of the weight"] = replace(
             ours, pixel_weight=share * ours.pixel_weight,
             perceptual_weight=share * ours.perceptual_weight)
-    samplers["half the level"] = replace(ours, t_star=ours.t_star // 2)
     return by_sampler(c, sets, "mend", cases, samplers, distance, count)
