@@ -147,6 +147,12 @@ def others(c, sets, count, most=3000):
     return list(rows.values())
 
 
+def weighted(sampler, share):
+    """The sampler with a share of its conditions' weight."""
+    return replace(sampler, pixel_weight=share * sampler.pixel_weight,
+                   perceptual_weight=share * sampler.perceptual_weight)
+
+
 def mend(c, sets, count, most=3000):
     """What would undo targeted poisons, and what does it cost where nothing had to be mended?"""
     c.evaluate = "validation"
@@ -156,9 +162,10 @@ def mend(c, sets, count, most=3000):
     for name in ("patches", "targeted"):
         cases[name] = train.protect(c, name, sets), net
     ours = le.Sampler(**c.sampler)
-    samplers = {"as it is": ours}
-    for share, name in ((1 / 2, "half"), (1 / 3, "a third"), (1 / 4, "a quarter")):
-        samplers[f"{name} of the weight"] = replace(
-            ours, pixel_weight=share * ours.pixel_weight,
-            perceptual_weight=share * ours.perceptual_weight)
+    samplers = {
+        "as it is": ours,
+        "half the weight": weighted(ours, 1 / 2),
+        "a quarter of the weight": weighted(ours, 1 / 4),
+        "unguided, one round of ten": replace(weighted(ours, 0), t_star=3 * ours.t_star // 4,
+                                              rounds=1, steps=10)}
     return by_sampler(c, sets, "mend", cases, samplers, distance, count)
