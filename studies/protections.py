@@ -12,7 +12,7 @@ import le
 import train
 from attacks import (PROTECTIONS, Protection, Victim, min_min, noise_gradient, noise_step, publish,
                      simclr_view, train_surrogate)
-from studies.ablation import SIMPLE
+from studies.ablation import SIMPLE, weighted
 from studies.drawing import grid
 from studies.run import by_sampler, compared_otherwise, networks, repaired, shown, slug, spread
 
@@ -145,12 +145,6 @@ def others(c, sets, count, most=3000):
             row[name] = shown(spread(c, kind, key, images, sets, count))
     grid(c.run / "others-images.png", looks, margin=130)
     return list(rows.values())
-
-
-def weighted(sampler, share):
-    """The sampler with a share of its conditions' weight."""
-    return replace(sampler, pixel_weight=share * sampler.pixel_weight,
-                   perceptual_weight=share * sampler.perceptual_weight)
 
 
 def mend(c, sets, count, most=3000):
