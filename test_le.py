@@ -1635,8 +1635,8 @@ with le.processes():
     (["scenarios", "code", "--victims", "1"], ["code"]),
     (["scenarios", "longer", "--victims", "1"], ["longer"]),
     (["scenarios", "probe", "--victims", "2"], ["probe"]),
-    (["scenarios", "others", "--protections", "targeted", "--sampler.perceptual_weight", "0"],
-     ["others", "others-images"]),                         # as on photographs
+    (["scenarios", "others", "--victims", "1", "--protections", "targeted",
+      "--sampler.perceptual_weight", "0"], ["others", "others-images"]),  # as on photographs
     (["scenarios", "mend", "--victims", "1"], ["mend"]),
     (["scenarios", "few", "--victims", "1"], ["few"]),
     (["scenarios", "shift", "--victims", "1"], ["shift", "shift-images"]),
