@@ -1281,7 +1281,7 @@ def probe_of(x, view, data):
     config = dict(widths=(8, 16, 32, 64), blocks=1, strides=(2, 2, 2), classes=10)
     scores = functools.partial(partner_scores, view=view, temperature=0.2)
     victim = Victim(functools.partial(train.new_network, train.SimCLR, config), scores)
-    made = train.fit(victim, x, torch.zeros(len(x), dtype=torch.long), epochs=16, batch_size=64,
+    made = train.fit(victim, x, torch.zeros(len(x), dtype=torch.long), epochs=20, batch_size=64,
                      lr=0.2, seed=0, report=silent)
     net = victim.network(0).eval()
     net.load_state_dict(made["weights"])
@@ -1290,13 +1290,13 @@ def probe_of(x, view, data):
 
 def test_SimCLR_can_be_fooled_by_a_code_that_is_added_after_the_views():
     # a positive control: if this fails, no noise could protect from SimCLR
-    x, labels = train.shapes(640, seed=0)
+    x, labels = train.shapes(1280, seed=0)
     code = torch.zeros_like(x)
     code[:, :, :16, :16] = contrastive.class_codes(10, 16, 48 / 255, seed=0)[labels]
     clean = probe_of(x, attacks.quadrant_view, (x, labels))
     after = functools.partial(contrastive.coded_view, view=attacks.quadrant_view)
     fooled = probe_of(torch.cat([x, code], 1), after, (x, labels))
-    assert clean > 58 and fooled < clean - 10              # 71 and 53 when this was written
+    assert clean > 58 and fooled < clean - 15              # 68 and 43 when this was written
 
 
 def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
