@@ -1636,7 +1636,7 @@ with le.processes():
     (["scenarios", "longer", "--victims", "1"], ["longer"]),
     (["scenarios", "probe", "--victims", "2"], ["probe"]),
     (["scenarios", "others", "--victims", "1", "--protections", "targeted",
-      "--sampler.perceptual_weight", "0"], ["others", "others-images"]),  # as on photographs
+      "--sampler.perceptual_weight", "0"], ["others"]),   # as on photographs
     (["scenarios", "mend", "--victims", "1"], ["mend"]),
     (["scenarios", "few", "--victims", "1"], ["few"]),
     (["scenarios", "shift", "--victims", "1"], ["shift", "shift-images"]),

@@ -3,7 +3,7 @@
     python -m studies.pictures             all of them
     python -m studies.pictures forward     the noise drowns the perturbation before the picture
 
-overview     original, UE, noise x16 and LE of each class, for one protection of each kind
+overview     original, UE, noise x16 and LE of each class; of others by --protections targeted
 forward      an image and its UE at levels 0, 10, 36, 100, ..., and the distance between the two
 strip        a UE on its way to an LE: x_t at every level that the sampler visits
 curves       loss of classifiers and of SimCLR, by epoch, on clean images, UEs and LEs
@@ -24,6 +24,7 @@ import unet
 from attacks import PROTECTIONS
 from le import on_device
 from studies.drawing import beside, grid, plot, plot_columns
+from studies.protections import register
 from studies.run import first_of_each, networks, opened, parser_of, trained, versions
 
 
@@ -44,12 +45,12 @@ def versions_of(c, sets, names):
 
 
 def overview(c, sets, classes, path):
-    """One class a column. The run's figure.png has every protection."""
+    """One class a column; each protection that --protections names."""
     originals, labels = sets["protected"]
     places = first_of_each(labels)
     x = originals[places]
     rows = [("original", x)]
-    for name in against(c, "classifier")[:1] + against(c, "simclr")[:1]:
+    for name in c.protections:
         found = versions(c, name, sets)
         ue = found["UE"][places]
         rows.append((f"{name} UE", ue))
@@ -185,6 +186,7 @@ PICTURES = dict(overview=overview, forward=forward, strip=strip, curves=curves, 
 
 
 def main(argv=None):
+    register()
     parser = parser_of("pictures", __doc__)
     parser.add_argument("picture", choices=("all", *PICTURES))
     argv = sys.argv[1:] if argv is None else list(argv)

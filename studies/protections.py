@@ -13,7 +13,6 @@ import train
 from attacks import (PROTECTIONS, Protection, Victim, min_min, noise_gradient, noise_step, publish,
                      simclr_view, train_surrogate)
 from studies.ablation import SIMPLE, weighted
-from studies.drawing import grid
 from studies.run import by_sampler, compared_otherwise, networks, repaired, shown, slug, spread
 
 
@@ -103,6 +102,12 @@ OTHERS = {
         class_wise=True, rounds=40, noise_batches=10))}
 
 
+def register():
+    """Let the options --protections and --noise name them."""
+    PROTECTIONS.update(OTHERS)
+    train.DEFAULTS["noise"] |= {name: protection.settings for name, protection in OTHERS.items()}
+
+
 # -- What undoes them ------------------------------------------------------------------------------
 
 def protected_part(sets, most):
@@ -128,7 +133,7 @@ def others(c, sets, count, most=3000):
         "LE, one round": replace(ours, rounds=1),
         "released, 20 levels": replace(released, t_star=20, steps=20),
         "released, 36 levels": released}
-    rows, looks = {}, []
+    rows = {}
     for name in [name for name in OTHERS if name in c.protections] or OTHERS:
         kind = PROTECTIONS[name].victim
         ue = train.protect(c, name, sets)
@@ -138,12 +143,10 @@ def others(c, sets, count, most=3000):
         for label, sampler in samplers.items():
             key = f"others-{name}-{slug(label)}-images"
             found[label] = repaired(c, key, net, distance, ue, sampler)
-        looks += [(f"{name}: {what}", found[what][:8]) for what in ("UE", "LE")]
         for what, images in found.items():
             key = f"others-{what}" if what == "clean" else f"others-{name}-{slug(what)}"
             row = rows.setdefault(what, {"images": what})
             row[name] = shown(spread(c, kind, key, images, sets, count))
-    grid(c.run / "others-images.png", looks, margin=130)
     return list(rows.values())
 
 

@@ -34,7 +34,7 @@ from studies.contrastive import code, longer
 from studies.drawing import plot_columns, plot_rows
 from studies.opponents import owner, reply, victims
 from studies.prior import counts_up_to, few, prior, shift
-from studies.protections import OTHERS, mend, others
+from studies.protections import mend, others, register
 from studies.run import (accuracies_on, networks, opened, parser_of, repaired, shown, slug, spread,
                          trained, versions)
 
@@ -156,8 +156,7 @@ def draw(name, rows):
 
 
 def main(argv=None):
-    PROTECTIONS.update(OTHERS)
-    train.DEFAULTS["noise"] |= {name: protection.settings for name, protection in OTHERS.items()}
+    register()
     parser = parser_of("scenarios", __doc__)
     parser.add_argument("name", choices=SCENARIOS)
     parser.add_argument("--victims", type=int, default=3, help="default 3")
