@@ -1269,7 +1269,7 @@ def silent(done, total, **values):
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
 def test_fit_takes_any_number_of_steps_and_lowers_the_loss(epochs):
-    config = dict(widths=(4, 8), blocks=1, strides=(2,), classes=2)
+    config = dict(widths=(8, 16), blocks=1, strides=(2,), classes=2)
     victim = Victim(functools.partial(train.new_network, train.ResNet, config), class_scores)
     x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 2
     made = train.fit(victim, x, y, epochs=epochs, batch_size=8, lr=0.1, seed=0, report=silent)
@@ -1508,7 +1508,7 @@ def test_main_paper_runs_at_toy_size(tmp_path, monkeypatch, capsys):
     narrow = (4, (2, 2, 3, 3, 3), 10)                      # VGG-16 with fewer channels
     monkeypatch.setattr(VGG.__init__, "__defaults__", narrow)
     torch.save(awake(VGG()).state_dict(), tmp_path / "vgg16-397923af.pth")
-    train.main(["--config", "paper", "--limit", "2", "--resnet.widths", "4,4,8,8,8",
+    train.main(["--config", "paper", "--limit", "2", "--resnet.widths", "8,8,8,8,8",
                 "--unet.width", "8", "--unet.blocks", "1", "--vgg_weights", str(tmp_path / "vgg16-397923af.pth"),
                 "--lpips", "", "--out", str(tmp_path / "run")])
     assert "| cp-sample |" in capsys.readouterr().out and not (tmp_path / "run" / "vgg.pt").exists()
@@ -1548,6 +1548,7 @@ def test_main_interrupted_shows_no_traceback_and_says_how_to_go_on(tmp_path):
     (["--size", "30"], "--unet"), (["--unet.patch", "3"], "--unet"), (["--vgg.convs", ""], "--vgg"),
     (["--unet.mults", "0"], "--unet"), (["--unet.width", "7"], "--unet"),
     (["--unet.dropout", "5"], "--unet"), (["ddpm", "--unet_start", "none.pt"], "none.pt"),
+    (["--resnet.widths", "4,8,8,8"], "--resnet.widths: expected 8 or more each"),
     (["--ddpm.levels", "2000"], "--ddpm.levels: expected at most 1000"),
 ])
 def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
