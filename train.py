@@ -804,7 +804,7 @@ def check(c):
     for option, fits, expected in (
             ("limit", c.limit != 1, "2 or more"), ("epsilon", 1 <= c.epsilon <= 255, "1 to 255"),
             ("ddpm.levels", c.ddpm["levels"] <= unet.T, f"at most {unet.T}"),
-            # below 8 channels oneDNN (torch 2.13.0) has wrong gradients of strides where AVX2 is all
+            # below 8, oneDNN (torch 2.13.0) errs in gradients of strides where AVX2 is the best
             ("resnet.widths", min(c.resnet["widths"], default=0) >= 8, "8 or more each"),
             ("root", c.root == DEFAULTS["root"] or c.data == "cifar10", "--data cifar10 beside it"),
             ("protections", c.protections and set(c.protections) <= set(PROTECTIONS),
