@@ -193,12 +193,10 @@ def reply(c, sets, count, protection="em-class"):
         cases[f"U-Net of {what}"] = ue, prior(c, f"shift-{what}", images)
     ours = le.Sampler(**c.sampler)
     otherwise = compared_otherwise(ours)
+    rounds, label = (4, "four rounds") if ours.rounds == 1 else (1, "one round")
     samplers = {
         "as it is": ours,
-        "twice the rounds": replace(ours, rounds=2 * ours.rounds),
-        "four times the rounds": replace(ours, rounds=4 * ours.rounds),
-        "twice the strides": replace(ours, steps=2 * ours.steps),
-        "half the level": replace(ours, t_star=ours.t_star // 2),
+        label: replace(ours, rounds=rounds),
         f"on {otherwise.compare}": otherwise,
-        f"four times, on {otherwise.compare}": replace(otherwise, rounds=4 * ours.rounds)}
+        f"{label}, on {otherwise.compare}": replace(otherwise, rounds=rounds)}
     return by_sampler(c, sets, "reply", cases, samplers, distance, count)

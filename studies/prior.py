@@ -111,7 +111,7 @@ def shift(c, sets, count, protection="em-sample"):
         key = f"shift-{slug(what)}"
         own = prior(c, key, others[what]) if what in others else net
         row, learnable = row_of(c, "shift", key, own, distance, judged, ue, protection, count)
-        rows.append({"the prior has seen": what} | row)
+        rows.append({"the U-Net has seen": what} | row)
         looks.append((f"LE, {what}", learnable[places]))
     grid(c.run / "shift-images.png", looks, margin=200)
     return rows
