@@ -1338,7 +1338,7 @@ def test_train_unet_draws_levels_by_their_noise(tmp_path, monkeypatch):
 
     def spy(net, x0, t, eps):
         seen.append(t)
-        return ddpm_loss(net, x0, t, eps)
+        return sum(weights.sum() for weights in net.parameters())
     monkeypatch.setattr(train, "ddpm_loss", spy)
     for tilt in (0.0, 2.0):
         seen.clear()
