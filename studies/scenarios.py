@@ -115,11 +115,13 @@ def part(c, sets, count, protection="em-sample"):
         mix = torch.cat([found["UE"][:n], clean[n:]])
         purified = torch.cat([found["LE"][:n], purified_clean[n:]])
         rest = sets | {"protected": (clean[n:], labels[n:])}
-        row = {"protected": f"{share} %",
-               "mix": shown(spread(c, kind, f"{key}-mix", mix, sets, count)),
-               "mix purified": shown(spread(c, kind, f"{key}-purified", purified, sets, count))}
-        row["clean part alone"] = "-" if share == 100 else shown(
-            spread(c, kind, f"{key}-rest", clean[n:], rest, count))
+        row = {"protected": f"{share} %"}
+        row["mix"] = shown(spread(c, kind, f"{key}-mix", mix, sets, count))
+        row["mix purified"] = shown(spread(c, kind, f"{key}-purified", purified, sets, count))
+        row["clean part alone"] = "-"
+        if share < 100:
+            alone = spread(c, kind, f"{key}-rest", clean[n:], rest, count)
+            row["clean part alone"] = shown(alone)
         rows.append(row)
     return rows
 
@@ -132,9 +134,10 @@ def strides(c, sets, count):
     for steps in (0, 1, 2, 4, 8, 36):
         row = {"evaluations": steps * c.sampler["rounds"]}
         for name in c.protections:
-            images, key = train.protect(c, name, sets), f"strides-{name}-{steps}"
+            images = train.protect(c, name, sets)
+            key = f"strides-{name}-{steps}"
             if steps:
-                sampler = le.Sampler(**c.sampler | dict(steps=steps))
+                sampler = replace(le.Sampler(**c.sampler), steps=steps)
                 images = repaired(c, f"{key}-le", net, distance, images, sampler)
             kind = PROTECTIONS[name].victim
             row[name] = shown(spread(c, kind, key, images, sets, count))
