@@ -118,8 +118,8 @@ def part(c, sets, count, protection="em-sample"):
         row = {"protected": f"{share} %"}
         row["mix"] = shown(spread(c, kind, f"{key}-mix", mix, sets, count))
         row["mix purified"] = shown(spread(c, kind, f"{key}-purified", purified, sets, count))
-        row["clean part alone"] = "-"
-        if share < 100:
+        row["clean part alone"] = row["mix"] if share == 0 else "-"
+        if 0 < share < 100:
             alone = spread(c, kind, f"{key}-rest", clean[n:], rest, count)
             row["clean part alone"] = shown(alone)
         rows.append(row)
@@ -130,11 +130,11 @@ def strides(c, sets, count):
     """How many network evaluations does an image need?"""
     c.evaluate = "validation"
     net, distance = networks(c, sets)
+    ues = {name: train.protect(c, name, sets) for name in c.protections}
     rows = []
     for steps in (0, 1, 2, 4, 8, 36):
         row = {"evaluations": steps * c.sampler["rounds"]}
-        for name in c.protections:
-            images = train.protect(c, name, sets)
+        for name, images in ues.items():
             key = f"strides-{name}-{steps}"
             if steps:
                 sampler = replace(le.Sampler(**c.sampler), steps=steps)
