@@ -118,9 +118,10 @@ def part(c, sets, count, protection="em-sample"):
         row = {"protected": f"{share} %"}
         row["mix"] = shown(spread(c, kind, f"{key}-mix", mix, sets, count))
         row["mix purified"] = shown(spread(c, kind, f"{key}-purified", purified, sets, count))
-        row["clean part alone"] = row["mix"] if share == 0 else "-"
-        if 0 < share < 100:
-            alone = spread(c, kind, f"{key}-rest", clean[n:], rest, count)
+        row["clean part alone"] = "-"
+        if share < 100:
+            what = "rest" if share else "mix"  # of none protected, the same images
+            alone = spread(c, kind, f"{key}-{what}", clean[n:], rest, count)
             row["clean part alone"] = shown(alone)
         rows.append(row)
     return rows
