@@ -70,8 +70,7 @@ SAMPLERS = {
 def seen(x, sampler):
     """What the distances see of images (B, 3, H, W): themselves, or grey values as channels.
 
-    Noise made against photographs is mostly in colours, of which they have few: grey keeps the
-    picture, and leaves the colours to the U-Net.
+    Noise against photographs is mostly colour: grey keeps the picture, the U-Net paints it anew.
     """
     return x.mean(1, keepdim=True).expand_as(x) if sampler.compare == "grey" else x
 
@@ -197,6 +196,8 @@ def processes():
     """Within, under torchrun, the processes can exchange tensors, and only the first one talks."""
     if PROCESSES > 1:
         if DEVICE == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise BadInput("torchrun: more processes than GPUs")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
         if RANK:
@@ -317,4 +318,3 @@ def pixels_of(image):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
-

@@ -110,7 +110,8 @@ def load(path, lpips=None):
     try:
         vgg = VGG(**checkpoint.get("config", {}))
     except Exception as error:                             # whatever a stranger's values lead to
-        raise BadInput(f"{path}: not the configuration of a VGG ({error})") from None
+        said = str(error).partition("\n")[0]
+        raise BadInput(f"{path}: not the configuration of a VGG ({said})") from None
     weights = checkpoint.get("weights", checkpoint)
     if "config" not in checkpoint:                         # the distance needs no class scores
         vgg.classifier = nn.Identity()

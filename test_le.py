@@ -1031,6 +1031,7 @@ def test_main_purify_takes_an_array_the_same_after_an_interruption(tmp_path, che
     with monkeypatch.context() as patch:
         patch.setattr(arrays, "Progress", stopped)
         patch.setattr(arrays.purify_array, "__defaults__", (0,))
+        patch.setattr(arrays, "BATCH", 32)
         with pytest.raises(SystemExit) as stop:
             own_images.main(command)
         assert stop.value.code == 130 and not out.exists()
@@ -1322,10 +1323,11 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
 def test_train_unet_averages_the_weights_with_a_decay_that_ramps_up(tmp_path):
     def weights(ema_decay, steps):
         torch.manual_seed(0)
-        made = train.train_unet(UNet(**TINY), images(4), levels=20, tilt=1.0, steps=steps,
+        net = UNet(**TINY).to(train.DEVICE)
+        made = train.train_unet(net, images(4), levels=20, tilt=1.0, steps=steps,
                                 batch_size=4, lr=0.1, ema_decay=ema_decay, seed=0, report=silent,
                                 partial=tmp_path / "none")
-        return made["weights"]["conv_out.bias"]
+        return made["weights"]["conv_out.bias"].cpu()
     torch.manual_seed(0)
     start = UNet(**TINY).conv_out.bias.detach()
     trained = weights(0.0, 1)
@@ -1337,13 +1339,14 @@ def test_train_unet_draws_levels_by_their_noise(tmp_path, monkeypatch):
     seen = []
 
     def spy(net, x0, t, eps):
-        seen.append(t)
+        seen.append(t.cpu())
         return sum(weights.sum() for weights in net.parameters())
     monkeypatch.setattr(train, "ddpm_loss", spy)
     for tilt in (0.0, 2.0):
         seen.clear()
-        train.train_unet(UNet(**TINY), images(4), levels=20, tilt=tilt, steps=4, batch_size=500,
-                         lr=0.01, ema_decay=0.9, seed=0, report=silent, partial=tmp_path / "none")
+        net = UNet(**TINY).to(train.DEVICE)
+        train.train_unet(net, images(4), levels=20, tilt=tilt, steps=4, batch_size=500, lr=0.01,
+                         ema_decay=0.9, seed=0, report=silent, partial=tmp_path / "none")
         share = torch.cat(seen).bincount(minlength=21)[1:] / 2000
         variance = (1 - ALPHA_BAR[1:21]) ** (tilt / 2)
         assert (share - variance / variance.sum()).abs().max() < 0.025
@@ -1586,11 +1589,25 @@ def test_parse_config_paper_is_the_papers_protocol():
 
 # -- torchrun --------------------------------------------------------------------------------------
 
+def test_processes_says_that_there_are_more_of_them_than_gpus(monkeypatch):
+    monkeypatch.setattr(le, "PROCESSES", 2)
+    monkeypatch.setattr(le, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", int)   # none
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(BadInput, match="more processes than GPUs"):
+        with le.processes():
+            raise AssertionError
+
+
+two_processes = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
+
+
 def torchrun(folder, *arguments):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
     return run(folder, *command)
 
 
+@two_processes
 def test_main_torchrun_trains_everything_and_purifies_as_one_process_does(tmp_path, capsys):
     small = [*SMALL, "--protections", "em-class", "--out", str(tmp_path / "run")]
     assert torchrun(HERE, "train.py", *small).count("| em-class |") == 1  # only one of them talks
@@ -1603,6 +1620,7 @@ def test_main_torchrun_trains_everything_and_purifies_as_one_process_does(tmp_pa
     assert (alone - both).abs().max() <= 1
 
 
+@two_processes
 def test_parallel_averages_the_gradients_of_all_processes(tmp_path):
     program = tmp_path / "both.py"
     program.write_text(f"""

@@ -837,7 +837,7 @@ def claim(c):
 
 
 def main(argv=None):
-    with le.processes(), le.one_line_errors("train.py"):
+    with le.one_line_errors("train.py"), le.processes():
         stage, wanted, c = parse(sys.argv[1:] if argv is None else argv)
         if wanted and RANK == 0:
             le.download(CIFAR10, c.root if c.data == "cifar10" else "")

@@ -324,6 +324,7 @@ def load(path):
         net = UNet(**checkpoint.get("config", {}))         # the released one has the defaults
         net.max_level = range(T + 1)[checkpoint.get("max_level", T)]
     except Exception as error:                             # whatever a stranger's values lead to
-        raise BadInput(f"{path}: not the configuration of a U-Net ({error})") from None
+        said = str(error).partition("\n")[0]
+        raise BadInput(f"{path}: not the configuration of a U-Net ({said})") from None
     fit_weights(path, net, checkpoint.get("weights", checkpoint))
     return net.eval().requires_grad_(False)
