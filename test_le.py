@@ -1307,8 +1307,7 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
         def report(done, total, **values):
             if done == stop:
                 raise KeyboardInterrupt
-        torch.manual_seed(0)
-        net = UNet(**TINY).to(train.DEVICE)
+        net = train.new_network(UNet, TINY, 0)
         return train.train_unet(net, x, levels=20, tilt=1.0, steps=16, batch_size=4, lr=1e-3,
                                 ema_decay=0.9, seed=0, report=report, partial=partial,
                                 checkpoint_seconds=0)
@@ -1322,8 +1321,7 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
 
 def test_train_unet_averages_the_weights_with_a_decay_that_ramps_up(tmp_path):
     def weights(ema_decay, steps):
-        torch.manual_seed(0)
-        net = UNet(**TINY).to(train.DEVICE)
+        net = train.new_network(UNet, TINY, 0)
         made = train.train_unet(net, images(4), levels=20, tilt=1.0, steps=steps,
                                 batch_size=4, lr=0.1, ema_decay=ema_decay, seed=0, report=silent,
                                 partial=tmp_path / "none")
@@ -1344,7 +1342,7 @@ def test_train_unet_draws_levels_by_their_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "ddpm_loss", spy)
     for tilt in (0.0, 2.0):
         seen.clear()
-        net = UNet(**TINY).to(train.DEVICE)
+        net = train.new_network(UNet, TINY, 0)
         train.train_unet(net, images(4), levels=20, tilt=tilt, steps=4, batch_size=500, lr=0.01,
                          ema_decay=0.9, seed=0, report=silent, partial=tmp_path / "none")
         share = torch.cat(seen).bincount(minlength=21)[1:] / 2000
