@@ -198,14 +198,18 @@ def train_victim(c, kind, name, images, sets):
                   labels=sets["protected"][1], **training)
     net = victim.network(c.seed).eval()
     net.load_state_dict(made["weights"])
-    if kind == "classifier":
-        score = accuracy(net, *sets[c.evaluate])
-    else:
-        score = linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
+    score = score_of(c, net, sets)
     every = math.ceil(len(made["losses"]) / 6)
     losses = ", ".join(f"{loss:.2f}" for loss in made["losses"][::every])
     print(f"{kind} on {name}: {score:.1f} %; loss every {every} epochs {losses}", flush=True)
     return score
+
+
+def score_of(c, net, sets):
+    """Accuracy of a victim in percent on clean images; a linear probe's where it is an encoder."""
+    if isinstance(net, SimCLR):
+        return linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
+    return accuracy(net, *sets[c.evaluate])
 
 
 def psnr(x, y):
@@ -822,8 +826,9 @@ def check(c):
                 x = torch.zeros(1, 3, c.size, c.size)
                 network()(x, 1) if option == "unet" else network()(x)
         except Exception as error:                         # whatever the values lead to
+            said = str(error).partition("\n")[0]
             raise BadInput(f"--{option}: no network for images of {c.size} pixels has these "
-                           f"settings ({str(error).splitlines()[0]})") from None
+                           f"settings ({said})") from None
 
 
 def claim(c):

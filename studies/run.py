@@ -103,11 +103,7 @@ def judged(c, key, make, victim, training, images, sets, victims=3):
                             labels=sets["protected"][1], seed=other.seed, **training)
         net = victim.network(other.seed).eval()
         net.load_state_dict(made["weights"])
-        if isinstance(net, train.SimCLR):
-            score = train.linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
-        else:
-            score = train.accuracy(net, *sets[c.evaluate])
-        accuracies.append(score)
+        accuracies.append(train.score_of(c, net, sets))
     return torch.tensor(accuracies)
 
 
