@@ -111,18 +111,21 @@ def part(c, sets, count, protection="em-sample"):
     purified_clean = train.purify(c, "nothing", clean, *networks(c, sets))
     for share in (0, 20, 50, 80, 100):
         n = len(clean) * share // 100
-        key = f"part-{protection}-{share}"
         mix = torch.cat([found["UE"][:n], clean[n:]])
         purified = torch.cat([found["LE"][:n], purified_clean[n:]])
         rest = sets | {"protected": (clean[n:], labels[n:])}
+        of_mix, of_purified, of_rest = [f"part-{protection}-{share}-{what}"
+                                        for what in ("mix", "purified", "rest")]
+        if share == 0:
+            of_mix = of_rest = "clean"                     # the story's victims, if it has them
+        if share == 100:
+            of_mix, of_purified = f"{protection}-ue", f"{protection}-le"
         row = {"protected": f"{share} %"}
-        row["mix"] = shown(spread(c, kind, f"{key}-mix", mix, sets, count))
-        row["mix purified"] = shown(spread(c, kind, f"{key}-purified", purified, sets, count))
+        row["mix"] = shown(spread(c, kind, of_mix, mix, sets, count))
+        row["mix purified"] = shown(spread(c, kind, of_purified, purified, sets, count))
         row["clean part alone"] = "-"
         if share < 100:
-            what = "rest" if share else "mix"  # of none protected, the same images
-            alone = spread(c, kind, f"{key}-{what}", clean[n:], rest, count)
-            row["clean part alone"] = shown(alone)
+            row["clean part alone"] = shown(spread(c, kind, of_rest, clean[n:], rest, count))
         rows.append(row)
     return rows
 
