@@ -107,27 +107,24 @@ def part(c, sets, count, protection="em-sample"):
     found = versions(c, protection, sets)
     kind = PROTECTIONS[protection].victim
     clean, labels = sets["protected"]
-    rows = []
     purified_clean = train.purify(c, "nothing", clean, *networks(c, sets))
-    for share in (0, 20, 50, 80, 100):
+    ends = accuracies_on(c, kind, protection, found, sets, count)
+    none = shown(spread(c, kind, f"part-{protection}-0-purified", purified_clean, sets, count))
+    rows = [{"protected": "0 %", "mix": ends["clean"], "mix purified": none,
+             "clean part alone": ends["clean"]}]
+    for share in (20, 50, 80):
         n = len(clean) * share // 100
+        key = f"part-{protection}-{share}"
         mix = torch.cat([found["UE"][:n], clean[n:]])
         purified = torch.cat([found["LE"][:n], purified_clean[n:]])
         rest = sets | {"protected": (clean[n:], labels[n:])}
-        of_mix, of_purified, of_rest = [f"part-{protection}-{share}-{what}"
-                                        for what in ("mix", "purified", "rest")]
-        if share == 0:
-            of_mix = of_rest = "clean"                     # the story's victims, if it has them
-        if share == 100:
-            of_mix, of_purified = f"{protection}-ue", f"{protection}-le"
-        row = {"protected": f"{share} %"}
-        row["mix"] = shown(spread(c, kind, of_mix, mix, sets, count))
-        row["mix purified"] = shown(spread(c, kind, of_purified, purified, sets, count))
-        row["clean part alone"] = "-"
-        if share < 100:
-            row["clean part alone"] = shown(spread(c, kind, of_rest, clean[n:], rest, count))
-        rows.append(row)
-    return rows
+        rows.append({
+            "protected": f"{share} %",
+            "mix": shown(spread(c, kind, f"{key}-mix", mix, sets, count)),
+            "mix purified": shown(spread(c, kind, f"{key}-purified", purified, sets, count)),
+            "clean part alone": shown(spread(c, kind, f"{key}-rest", clean[n:], rest, count))})
+    return [*rows, {"protected": "100 %", "mix": ends["UE"], "mix purified": ends["LE"],
+                    "clean part alone": "-"}]
 
 
 def strides(c, sets, count):
