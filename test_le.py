@@ -1476,6 +1476,19 @@ def test_main_takes_a_purifier_of_ones_own(tmp_path, small_run, monkeypatch, cap
     assert not torch.equal(unet.read(tmp_path / "run" / "em-class-le.pt")["images"], before)
 
 
+def test_claim_lets_processes_of_one_run_in_and_another_data_set_not(tmp_path):
+    note = tmp_path / "data.txt"
+    _, _, c = train.parse(["--out", str(tmp_path)])
+    for written in ("", "shapes"):                         # by another process: opened, or done
+        note.write_text(written)
+        train.claim(c)
+        assert note.read_text() == "shapes"
+    c.data = "cifar10"
+    with pytest.raises(BadInput, match="belongs to --data shapes"):
+        train.claim(c)
+    assert note.read_text() == "shapes"
+
+
 def test_main_runs_on_a_folder_that_keeps_its_runs_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = [*SMALL[:10], "--unet.attention", "", "--protections", "em-class", "--ddpm.levels", "200"]

@@ -836,7 +836,7 @@ def claim(c):
     c.run.mkdir(parents=True, exist_ok=True)
     owner = c.data if c.data in ("shapes", "cifar10") else str(Path(c.data).resolve())
     note = c.run / "data.txt"
-    if note.exists() and note.read_text() != owner:
+    if note.exists() and note.read_text() not in ("", owner):  # empty: another process is at it
         raise BadInput(f"{c.run} belongs to --data {note.read_text()}; give another --out")
     note.write_text(owner)
 
