@@ -11,8 +11,8 @@ import train
 import unet
 from attacks import PROTECTIONS, VIEWS, Victim, class_scores, min_min, partner_scores
 from studies.prior import foreign, prior
-from studies.run import (accuracies_on, by_sampler, compared_otherwise, judged, networks, repaired,
-                         shown, slug, spread, versions)
+from studies.run import (accuracies_on, compared_otherwise, judged, networks, of_seed, repaired,
+                         shown, slug, spread, spread_over, versions)
 
 
 # -- Victims that the protection did not expect ----------------------------------------------------
@@ -131,10 +131,11 @@ def published(**inputs):
     return train.published(through_the_sampler, **inputs)
 
 
-def noise_of(c, sets, protection, what, known, epsilon):
-    """UEs of a protection, at epsilon of 255, that knows a U-Net or (None) no sampler."""
+def noises(c, sets, protection, what, known, epsilon, count):
+    """UEs of a protection, at epsilon of 255, that knows a U-Net or (None) no sampler: of several
+    seeds, since another noise made in the same way may protect by many points more or less."""
     images, labels = sets["protected"]
-    how = c.noise[protection] | dict(epsilon=epsilon / 255, seed=c.seed)
+    how = c.noise[protection] | dict(epsilon=epsilon / 255)
     if known is None:
         make = train.published
         how["protection"] = PROTECTIONS[protection].make
@@ -142,9 +143,22 @@ def noise_of(c, sets, protection, what, known, epsilon):
         make = published
         how |= dict(prior=known, level=c.sampler["t_star"])
     victim = train.victim_of(c, "classifier", sets)
-    made = train.cached(c, f"owner-{epsilon:g}-{slug(what)}", make, images=images, labels=labels,
-                        victim=victim, **how)
-    return le.as_float(made["images"])
+    ues = []
+    for k in range(count):
+        other, name = of_seed(c, f"owner-{epsilon:g}-{slug(what)}", k)
+        made = train.cached(other, name, make, images=images, labels=labels, victim=victim,
+                            seed=other.seed, **how)
+        ues.append(le.as_float(made["images"]))
+    return ues
+
+
+def repaired_each(c, key, net, distance, ues, sampler):
+    """LEs of each of the noises, by its own seed."""
+    learnable = []
+    for k, ue in enumerate(ues):
+        other, name = of_seed(c, key, k)
+        learnable.append(repaired(other, name, net, distance, ue, sampler))
+    return learnable
 
 
 def known_priors(c, images, net):
@@ -157,22 +171,24 @@ def known_priors(c, images, net):
 
 def owner(c, sets, count, protection="em-class"):
     """Does noise survive that is larger, or knows the sampler? By a U-Net that the owner trains on
-    the images before they are protected, or by the unauthorized user's own."""
+    the images before they are protected, or by the unauthorized user's own. Each victim has a
+    noise of its own."""
     c.evaluate = "validation"
     net, distance = networks(c, sets)
     images, _ = sets["protected"]
     on_clean = spread(c, "classifier", "clean", images, sets, count)
+    ours = le.Sampler(**c.sampler)
     rows = []
     for epsilon in (c.epsilon, 2 * c.epsilon):
         for what, known in known_priors(c, images, net).items():
             key = f"owner-{epsilon:g}-{slug(what)}"
-            ue = noise_of(c, sets, protection, what, known, epsilon)
-            learnable = repaired(c, f"{key}-images", net, distance, ue, le.Sampler(**c.sampler))
-            on_ue = spread(c, "classifier", f"{key}-UE", ue, sets, count)
-            on_le = spread(c, "classifier", f"{key}-LE", learnable, sets, count)
+            ues = noises(c, sets, protection, what, known, epsilon, count)
+            learnable = repaired_each(c, f"{key}-images", net, distance, ues, ours)
+            on_ue = spread_over(c, "classifier", f"{key}-UE", ues, sets)
+            on_le = spread_over(c, "classifier", f"{key}-LE", learnable, sets)
             rows.append({
                 "noise": f"{what}, {epsilon:g}/255",
-                "PSNR UE": f"{train.psnr(ue, images):.1f} dB",
+                "PSNR UE": f"{train.psnr(torch.stack(ues), images):.1f} dB",
                 "clean": shown(on_clean),
                 "UE": shown(on_ue),
                 "LE": shown(on_le)})
@@ -181,16 +197,17 @@ def owner(c, sets, count, protection="em-class"):
 
 def reply(c, sets, count, protection="em-class"):
     """Do other samplers undo what this one does not? Noise that knows it, and any noise by a U-Net
-    that has seen other images; beside them, what they cost where nothing had to be mended."""
+    that has seen other images; beside them, what they cost where nothing had to be mended. Each
+    victim has a noise of its own."""
     c.evaluate = "validation"
     net, distance = networks(c, sets)
     priors = known_priors(c, sets["protected"][0], net)
     cases = {}
     for what in ("as before", "knows the sampler"):
-        cases[what] = noise_of(c, sets, protection, what, priors[what], c.epsilon), net
-    ue, _ = cases["as before"]
+        cases[what] = noises(c, sets, protection, what, priors[what], c.epsilon, count), net
+    ues, _ = cases["as before"]
     for what, images in foreign(c, len(sets["unprotected"][0])).items():
-        cases[f"U-Net of {what}"] = ue, prior(c, f"shift-{what}", images)
+        cases[f"U-Net of {what}"] = ues, prior(c, f"shift-{what}", images)
     ours = le.Sampler(**c.sampler)
     otherwise = compared_otherwise(ours)
     rounds, label = (4, "four rounds") if ours.rounds == 1 else (1, "one round")
@@ -199,4 +216,12 @@ def reply(c, sets, count, protection="em-class"):
         label: replace(ours, rounds=rounds),
         f"on {otherwise.compare}": otherwise,
         f"{label}, on {otherwise.compare}": replace(otherwise, rounds=rounds)}
-    return by_sampler(c, sets, "reply", cases, samplers, distance, count)
+    rows = []
+    for label, sampler in samplers.items():
+        row = {"sampler": label}
+        for what, (ues, own) in cases.items():
+            key = f"reply-{slug(what)}-{slug(label)}"
+            learnable = repaired_each(c, f"{key}-images", own, distance, ues, sampler)
+            row[what] = shown(spread_over(c, "classifier", f"{key}-LE", learnable, sets))
+        rows.append(row)
+    return rows

@@ -68,16 +68,16 @@ def first_of_each(labels, n=10):
     return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:n]
 
 
-def victim_number(c, name, k):
-    """The run with the k-th seed after its own, and the story's name of that victim; the first is
-    the story's own."""
+def of_seed(c, name, k):
+    """The run with the k-th seed after its own, and what it calls its `name`; the first is the
+    story's own."""
     other = SimpleNamespace(**vars(c) | dict(seed=c.seed + k))
     return other, f"{name}-{k}" if k else name
 
 
 def trained(c, kind, name, images, sets, k=0):
     """The network of a victim of the k-th seed."""
-    c, name = victim_number(c, name, k)
+    c, name = of_seed(c, name, k)
     train.train_victim(c, kind, name, images, sets)
     net = train.victim_of(c, kind, sets).network(c.seed).eval()
     net.load_state_dict(train.unet.read(c.run / f"{kind}-{name}.pt")["weights"])
@@ -86,19 +86,24 @@ def trained(c, kind, name, images, sets, k=0):
 
 def spread(c, kind, name, images, sets, victims=3):
     """Accuracies (victims,) of victims of several seeds, trained on the images."""
+    return spread_over(c, kind, name, [images] * victims, sets)
+
+
+def spread_over(c, kind, name, variants, sets):
+    """The same where the victim of the k-th seed is trained on the k-th variant of the images."""
     accuracies = []
-    for k in range(victims):
-        other, numbered = victim_number(c, name, k)
+    for k, images in enumerate(variants):
+        other, numbered = of_seed(c, name, k)
         accuracies.append(train.train_victim(other, kind, numbered, images, sets))
     return torch.tensor(accuracies)
 
 
 def judged(c, key, make, victim, training, images, sets, victims=3):
-    """The same of a victim that the story does not know, by its probe if it is an encoder. `make`
+    """`spread` of a victim that the story does not know, by its probe if it is an encoder. `make`
     is `train.fit` by a function of the study's file, so that the cache sees the study's code."""
     accuracies = []
     for k in range(victims):
-        other, numbered = victim_number(c, key, k)
+        other, numbered = of_seed(c, key, k)
         made = train.cached(other, numbered, make, victim=victim, images=images,
                             labels=sets["protected"][1], seed=other.seed, **training)
         net = victim.network(other.seed).eval()
@@ -121,19 +126,6 @@ def accuracies_on(c, kind, prefix, found, sets, count):
         key = what if what == "clean" else f"{prefix}-{what.lower()}"
         row[what] = shown(spread(c, kind, key, images, sets, count))
     return row
-
-
-def by_sampler(c, sets, name, cases, samplers, distance, count):
-    """Rows, a sampler each, of the accuracy on what it makes of each case: (images, U-Net)."""
-    rows = []
-    for label, sampler in samplers.items():
-        row = {"sampler": label}
-        for what, (images, net) in cases.items():
-            key = f"{name}-{slug(what)}-{slug(label)}"
-            learnable = repaired(c, f"{key}-images", net, distance, images, sampler)
-            row[what] = shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))
-        rows.append(row)
-    return rows
 
 
 def chosen(rows, only):
