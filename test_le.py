@@ -37,7 +37,7 @@ from attacks import (EPSILON, PROTECTIONS, Protection, Victim, class_scores, cro
                      noise_step, nt_xent_scores, partner_scores, publish)
 from le import BadInput, Sampler, guidance, joint_conditioned_mean, purify
 from perceptual import VGG, PerceptualDistance
-from studies import arrays, contrastive, handout, pictures, purify as own_images
+from studies import arrays, contrastive, handout, pictures, purify as own_images, scenarios
 from studies.grading import CLAIMS, graded
 from unet import (ALPHA_BAR, BETA, T, UNet, ddpm_loss, p_sample, posterior, predict_x0, q_sample,
                   sample, sigma, visited_levels)
@@ -1671,7 +1671,6 @@ with le.processes():
     (["scenarios", "few", "--victims", "1"], ["few"]),
     (["scenarios", "shift", "--victims", "1"], ["shift", "shift-images"]),
     (["scenarios", "victims", "--victims", "1", "--protections", "em-class"], ["victims"]),
-    (["scenarios", "owner", "--victims", "1"], ["owner"]),
     (["scenarios", "reply", "--victims", "1"], ["reply"]),
     (["scenarios", "strides", "--victims", "1", "--protections", "em-class"], ["strides"]),
     (["scenarios", "worth", "--victims", "1"], ["worth"]),
@@ -1685,6 +1684,19 @@ def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
     assert ("ddpm: kept" in said or name == "scenarios") and (written or said.count("|") > 10)
     for picture_name in written:
         assert Image.open(tmp_path / "run" / f"{picture_name}.png").width > 300
+
+
+def test_main_owner_gives_each_victim_a_noise_of_its_own(tmp_path, small_run):
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    scenarios.main(["owner", "--victims", "2", *SMALL, "--out", str(run)])
+    assert Image.open(run / "owner.png").width > 300
+    made = [unet.read(run / f"owner-8-knows-its-U-Net{k}.pt")["images"] for k in ("", "-1")]
+    assert not torch.equal(*made)
+    key = "classifier-owner-8-knows-its-U-Net"
+    for k, images in zip(("", "-1"), made):
+        learned = unet.read(run / f"{key}-UE{k}.pt")["parts"]["images"]
+        assert learned == train.digest(le.as_float(images))
+    assert len({unet.read(run / f"{key}-LE{k}.pt")["parts"]["images"] for k in ("", "-1")}) == 2
 
 
 def test_main_pictures_puts_answers_of_scenarios_side_by_side(tmp_path, small_run):
