@@ -11,8 +11,8 @@ import train
 import unet
 from attacks import PROTECTIONS, VIEWS, Victim, class_scores, min_min, partner_scores
 from studies.prior import foreign, prior
-from studies.run import (accuracies_on, compared_otherwise, judged, networks, of_seed, repaired,
-                         shown, slug, spread, spread_over, versions)
+from studies.run import (accuracies_on, by_sampler, compared_otherwise, judged, networks, of_seed,
+                         repaired_each, shown, slug, spread, spread_over, versions)
 
 
 # -- Victims that the protection did not expect ----------------------------------------------------
@@ -152,15 +152,6 @@ def noises(c, sets, protection, what, known, epsilon, count):
     return ues
 
 
-def repaired_each(c, key, net, distance, ues, sampler):
-    """LEs of each of the noises, by its own seed."""
-    learnable = []
-    for k, ue in enumerate(ues):
-        other, name = of_seed(c, key, k)
-        learnable.append(repaired(other, name, net, distance, ue, sampler))
-    return learnable
-
-
 def known_priors(c, images, net):
     """{what the owner knows: the U-Net that his noise must survive}."""
     return {
@@ -184,8 +175,8 @@ def owner(c, sets, count, protection="em-class"):
             key = f"owner-{epsilon:g}-{slug(what)}"
             ues = noises(c, sets, protection, what, known, epsilon, count)
             learnable = repaired_each(c, f"{key}-images", net, distance, ues, ours)
-            on_ue = spread_over(c, "classifier", f"{key}-UE", ues, sets)
-            on_le = spread_over(c, "classifier", f"{key}-LE", learnable, sets)
+            on_ue = spread_over(c, "classifier", f"{key}-UE", ues, sets, count)
+            on_le = spread_over(c, "classifier", f"{key}-LE", learnable, sets, count)
             rows.append({
                 "noise": f"{what}, {epsilon:g}/255",
                 "PSNR UE": f"{train.psnr(torch.stack(ues), images):.1f} dB",
@@ -216,12 +207,4 @@ def reply(c, sets, count, protection="em-class"):
         label: replace(ours, rounds=rounds),
         f"on {otherwise.compare}": otherwise,
         f"{label}, on {otherwise.compare}": replace(otherwise, rounds=rounds)}
-    rows = []
-    for label, sampler in samplers.items():
-        row = {"sampler": label}
-        for what, (ues, own) in cases.items():
-            key = f"reply-{slug(what)}-{slug(label)}"
-            learnable = repaired_each(c, f"{key}-images", own, distance, ues, sampler)
-            row[what] = shown(spread_over(c, "classifier", f"{key}-LE", learnable, sets))
-        rows.append(row)
-    return rows
+    return by_sampler(c, sets, "reply", cases, samplers, distance, count)

@@ -13,7 +13,7 @@ import train
 from attacks import (PROTECTIONS, Protection, Victim, min_min, noise_gradient, noise_step, publish,
                      simclr_view, train_surrogate)
 from studies.ablation import SIMPLE, weighted
-from studies.run import compared_otherwise, networks, repaired, shown, slug, spread
+from studies.run import by_sampler, compared_otherwise, networks, repaired, shown, slug, spread
 
 
 def patches(images, labels, victim, *, epsilon, seed, report, size=8, spread=0.25):
@@ -155,9 +155,9 @@ def mend(c, sets, count, most=3000):
     c.evaluate = "validation"
     clean, sets = protected_part(sets, most)
     net, distance = networks(c, sets)
-    cases = {"clean": clean}
+    cases = {"clean": ([clean], net)}
     for name in ("patches", "targeted"):
-        cases[name] = train.protect(c, name, sets)
+        cases[name] = [train.protect(c, name, sets)], net
     ours = le.Sampler(**c.sampler)
     samplers = {
         "as it is": ours,
@@ -165,12 +165,4 @@ def mend(c, sets, count, most=3000):
         "a quarter of the weight": weighted(ours, 1 / 4),
         "unguided, one round of ten": replace(weighted(ours, 0), t_star=3 * ours.t_star // 4,
                                               rounds=1, steps=10)}
-    rows = []
-    for label, sampler in samplers.items():
-        row = {"sampler": label}
-        for what, images in cases.items():
-            key = f"mend-{slug(what)}-{slug(label)}"
-            learnable = repaired(c, f"{key}-images", net, distance, images, sampler)
-            row[what] = shown(spread(c, "classifier", f"{key}-LE", learnable, sets, count))
-        rows.append(row)
-    return rows
+    return by_sampler(c, sets, "mend", cases, samplers, distance, count)

@@ -86,13 +86,14 @@ def trained(c, kind, name, images, sets, k=0):
 
 def spread(c, kind, name, images, sets, victims=3):
     """Accuracies (victims,) of victims of several seeds, trained on the images."""
-    return spread_over(c, kind, name, [images] * victims, sets)
+    return spread_over(c, kind, name, [images], sets, victims)
 
 
-def spread_over(c, kind, name, variants, sets):
-    """The same where the victim of the k-th seed is trained on the k-th variant of the images."""
+def spread_over(c, kind, name, variants, sets, victims):
+    """The same where each victim is trained on the next of the variants of the images, in turn."""
     accuracies = []
-    for k, images in enumerate(variants):
+    for k in range(victims):
+        images = variants[k % len(variants)]
         other, numbered = of_seed(c, name, k)
         accuracies.append(train.train_victim(other, kind, numbered, images, sets))
     return torch.tensor(accuracies)
@@ -126,6 +127,28 @@ def accuracies_on(c, kind, prefix, found, sets, count):
         key = what if what == "clean" else f"{prefix}-{what.lower()}"
         row[what] = shown(spread(c, kind, key, images, sets, count))
     return row
+
+
+def repaired_each(c, key, net, distance, variants, sampler):
+    """LEs of each of the variants of UEs, by its own seed."""
+    learnable = []
+    for k, ue in enumerate(variants):
+        other, name = of_seed(c, key, k)
+        learnable.append(repaired(other, name, net, distance, ue, sampler))
+    return learnable
+
+
+def by_sampler(c, sets, name, cases, samplers, distance, count):
+    """Rows, a sampler each, of the accuracy on what it makes of each case: (variants, U-Net)."""
+    rows = []
+    for label, sampler in samplers.items():
+        row = {"sampler": label}
+        for what, (variants, net) in cases.items():
+            key = f"{name}-{slug(what)}-{slug(label)}"
+            learnable = repaired_each(c, f"{key}-images", net, distance, variants, sampler)
+            row[what] = shown(spread_over(c, "classifier", f"{key}-LE", learnable, sets, count))
+        rows.append(row)
+    return rows
 
 
 def chosen(rows, only):
