@@ -1,21 +1,171 @@
-"""Protections: imperceptible noise that makes published images unlearnable.
+"""Protections: imperceptible noise that makes published images unlearnable, and whom it fools.
 
 Error-minimizing noise (Huang et al. 2021, arXiv 2101.04898) makes the training loss so small that
 nothing is left to learn: the network finds the noise, which says the class, before the picture.
 Contrastive poisoning (He et al. 2023, arXiv 2202.11202) does the same to networks that learn
 without labels: the noise says which two views are of one image. Both are one alternation,
-`min_min`, over two losses. Reading order: min_min -> noise_step -> class_scores, partner_scores ->
-PROTECTIONS; above them the views of an image that the noise has to survive.
-Images are in [0, 1], (B, 3, H, W); random choices are drawn per image from a CPU torch.Generator.
+`min_min`, over two losses.
+
+Reading order: what a victim learns -> min_min -> noise_step -> views -> networks -> fit -> VICTIMS,
+PROTECTIONS. Images are in [0, 1], (B, 3, H, W); random choices are drawn per image from a CPU
+torch.Generator. This file imports nothing of the project, so noise is kept when the rest changes.
 """
+import inspect
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-EPSILON = 8 / 255
+EPSILON = 8 / 255                                          # the largest change of a channel
+
+
+# -- What a victim learns --------------------------------------------------------------------------
+# Every loss here is the cross-entropy of a choice: (net, images, labels, generator) -> scores
+# (M, choices) and the right answers (M,).
+
+def class_scores(net, x, labels, generator):
+    """Which class? The choice that a classifier learns, and error-minimizing noise makes easy."""
+    return net(crop_flip(x, generator)), labels
+
+
+def nt_xent_scores(z, temperature=0.5):
+    """SimCLR's loss as a choice: which of all other views shows the same image (Chen, Eq. 1)?
+
+    z (2B, D): embeddings of B images' first views, then of their second. Returns scores (2B, 2B),
+    cosines over the temperature, a view's own at -inf, and the index of its partner (2B,). Their
+    mean cross-entropy is NT-Xent.
+    """
+    z = F.normalize(z, dim=1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    scores = (z @ z.T / temperature).masked_fill(own, -math.inf)
+    return scores, torch.arange(len(z), device=z.device).roll(len(z) // 2)
+
+
+def partner_scores(net, x, labels, generator, view, temperature):
+    """Which two views are of one image? SimCLR learns it, contrastive poisoning makes it easy.
+
+    view           what the two are made by, such as `simclr_view`; as an option, a name in VIEWS
+    temperature    of NT-Xent
+    """
+    views = torch.cat([view(x, generator), view(x, generator)])
+    return nt_xent_scores(net(views), temperature)
+
+
+@dataclass(frozen=True)
+class Victim:
+    """Who trains on published images. The owner trains such a network, too, before he publishes
+    them, to make his noise by it: that one is the surrogate."""
+    network: Callable              # network(**config) -> one with random weights
+    scores_and_answers: Callable   # what it learns: class_scores, partner_scores, or your own
+    config: dict = field(default_factory=dict)
+    choice: dict = field(default_factory=dict)    # further arguments of scores_and_answers
+    training: dict = field(default_factory=dict)  # of `fit`: epochs, batch_size, lr
+    probed: bool = False           # judged by a linear probe of its `features`, not by its scores
+
+    def fresh(self, seed):
+        """A network whose weights depend on the seed alone."""
+        torch.manual_seed(seed)
+        return self.network(**self.config)
+
+    def loss(self, net, x, labels, generator):
+        """The mean cross-entropy of the network's choices on images x."""
+        scores, answers = self.scores_and_answers(net, x, labels, generator, **self.choice)
+        return F.cross_entropy(scores.float(), answers)
+
+
+# -- Noise -----------------------------------------------------------------------------------------
+# A protection is a function (images (N, 3, H, W) in [0, 1], labels (N,), victim, *, epsilon, seed,
+# report, ...) -> unlearnable examples of the same shape.
+
+def min_min(images, labels, victim, *, class_wise=False, start=None, surrogates=1, rounds=10,
+            train_batches=10, noise_batches=None, noise_steps=1, step=0.2, momentum=0.9, lr=0.1,
+            batch_size=128, warm_up=0, epsilon=EPSILON, seed=0, report=None):
+    """Noise that leaves nothing to learn: min over noise of min over weights of the loss (Huang et
+    al. 2021, Eq. 2; with the loss of SimCLR, He et al. 2023).
+
+    class_wise     one perturbation for each class, not one for each image
+    start          UEs (N, 3, H, W) whose perturbation to begin with; default: uniform noise
+    surrogates     networks that start afresh, one after the other. A victim is lost in its first
+                   epochs, so the noise must be read by a young network before the picture is
+    rounds         of each surrogate: batches that train it, then batches that make noise
+    train_batches  training steps of a surrogate in a round
+    noise_batches  batches of images whose noise takes steps in a round, None for all images
+    noise_steps    steps of the noise of each batch, the surrogate's weights frozen
+    step           of the noise at first, in epsilons; it falls to 0
+    momentum       of its gradient, normalised (Dong et al. 2018): one crop's is mostly noise
+    lr             the surrogate's learning rate
+    batch_size     images a batch; in a large one many of a class add up their gradients
+    warm_up        more training batches for a surrogate before its first noise step
+    Returns UEs, at most epsilon away from the images, and rounded to 8 bits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = labels.cpu() if class_wise else torch.arange(len(images))
+    shape = (int(rows.max()) + 1, *images.shape[1:])
+    perturbation = epsilon * (2 * torch.rand(shape, generator=generator) - 1).to(images.device)
+    if start is not None:
+        perturbation[rows] = start - images
+    velocity = torch.zeros_like(perturbation)
+    total = surrogates * rounds
+    for done in range(total):
+        count = train_batches
+        if done % rounds == 0:                             # a surrogate starts afresh
+            net = victim.fresh(seed + 1000 + done)         # not the victim's initialisation
+            net.to(images.device, memory_format=torch.channels_last)
+            optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+            count += warm_up
+        loss = train_surrogate(net, optimizer, victim, images, labels, perturbation, rows, count,
+                               batch_size, generator)
+        size = step * epsilon * (1 - done / total)
+        for b in torch.randperm(len(images), generator=generator).split(batch_size)[:noise_batches]:
+            used, wearer = rows[b].unique(return_inverse=True)
+            for _ in range(noise_steps):
+                gradient = noise_gradient(net, victim, images[b], labels[b], perturbation[used],
+                                          wearer, generator)
+                length = gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
+                velocity[used] = momentum * velocity[used] + gradient / length
+                perturbation[used] = noise_step(perturbation[used], velocity[used], size, epsilon)
+        if report:
+            report(done + 1, total, loss=loss)
+    return publish(images, perturbation[rows])
+
+
+def publish(images, perturbation):
+    """The unlearnable examples: images + perturbation, clipped to [0, 1] and rounded to 8 bits,
+    which cannot push a pixel beyond an epsilon that is a multiple of 1/255."""
+    return (images + perturbation).clamp(0, 1).mul(255).round().div(255)
+
+
+def noise_step(perturbation, gradient, step, epsilon):
+    """One signed-gradient descent step within epsilon (Huang et al. 2021, Eq. 3)."""
+    return (perturbation - step * gradient.sign()).clamp(-epsilon, epsilon)
+
+
+def train_surrogate(net, optimizer, victim, images, labels, perturbation, rows, batches, size,
+                    generator):
+    """min over the weights: `batches` steps on `size` images + perturbation. Returns the loss."""
+    net.train().requires_grad_(True)
+    for _ in range(batches):
+        b = torch.randperm(len(images), generator=generator)[:size]
+        x = (images[b] + perturbation[rows[b]]).clamp(0, 1)
+        loss = victim.loss(net, x, labels[b], generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval().requires_grad_(False)
+    return loss.detach()
+
+
+def noise_gradient(net, victim, images, labels, perturbation, wearer, generator):
+    """Gradient of the loss for the perturbation (R, 3, H, W), the weights fixed: image i wears
+    perturbation[wearer[i]], and those that share one add up their gradients."""
+    delta = perturbation.detach().requires_grad_()
+    x = (images + delta[wearer]).clamp(0, 1)
+    loss = victim.loss(net, x, labels, generator)
+    return torch.autograd.grad(loss, delta)[0]
+
 
 # -- Views: place ----------------------------------------------------------------------------------
 # Crops, resizes and flips pick and blend rows and columns, so a view is rows @ image @ columns^T:
@@ -137,127 +287,122 @@ def simclr_view(x, generator):
 VIEWS = {"quadrant": quadrant_view, "simclr": simclr_view}
 
 
-# -- What a victim learns --------------------------------------------------------------------------
-# Both losses are the cross-entropy of a choice: (net, images, labels, generator) -> scores
-# (M, choices) and the right answers (M,).
+# -- Networks --------------------------------------------------------------------------------------
 
-def class_scores(net, x, labels, generator):
-    """Which class? The choice that a classifier learns, and error-minimizing noise makes easy."""
-    return net(crop_flip(x, generator)), labels
+def conv_norm(c_in, c_out, size, stride=1):
+    conv = nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
 
-def nt_xent_scores(z, temperature=0.5):
-    """SimCLR's loss as a choice: which of all other views shows the same image (Chen, Eq. 1)?
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016): (B, c_in, H, W) -> c_out, / stride."""
 
-    z (2B, D): embeddings of B images' first views, then of their second. Returns scores (2B, 2B),
-    cosines over the temperature, a view's own at -inf, and the index of its partner (2B,). Their
-    mean cross-entropy is NT-Xent.
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = conv_norm(c_in, c_out, 3, stride)
+        self.conv2 = conv_norm(c_out, c_out, 3)
+        same = stride == 1 and c_in == c_out
+        self.shortcut = nn.Identity() if same else conv_norm(c_in, c_out, 1, stride)
+
+    def forward(self, x):
+        h = F.relu(self.conv1(x))
+        return F.relu(self.conv2(h) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Residual network with the CIFAR stem: images in [0, 1] (B, 3, H, W) -> scores (B, classes).
+
+    widths are the channels of the stem and of each level; ResNet-18 is widths
+    (64, 64, 128, 256, 512), blocks 2, strides (1, 2, 2, 2).
     """
-    z = F.normalize(z, dim=1)
-    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    scores = (z @ z.T / temperature).masked_fill(own, -math.inf)
-    return scores, torch.arange(len(z), device=z.device).roll(len(z) // 2)
+
+    def __init__(self, widths, blocks, strides, classes):
+        super().__init__()
+        self.levels = nn.Sequential(conv_norm(3, widths[0], 3), nn.ReLU())
+        for c_in, c_out, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            self.levels.append(BasicBlock(c_in, c_out, stride))
+            for _ in range(blocks - 1):
+                self.levels.append(BasicBlock(c_out, c_out, 1))
+        self.head = nn.Linear(widths[-1], classes)
+
+    def features(self, x):
+        """What the last layer sees: (B, widths[-1])."""
+        return self.levels((x - 0.5) / 0.25).mean((2, 3))
+
+    def forward(self, x):
+        return self.head(self.features(x))
 
 
-def partner_scores(net, x, labels, generator, view=simclr_view, temperature=0.5):
-    """Which two views are of one image? SimCLR learns it, contrastive poisoning makes it easy."""
-    views = torch.cat([view(x, generator), view(x, generator)])
-    return nt_xent_scores(net(views), temperature)
+class SimCLR(nn.Module):
+    """An encoder and the head through which contrastive learning trains it (Chen et al. 2020).
+
+    Images (B, 3, H, W) -> embeddings (B, c). The head is thrown away afterwards: what a victim
+    keeps are the encoder's features.
+    """
+
+    def __init__(self, **resnet):
+        super().__init__()
+        self.encoder = ResNet(**resnet)
+        c = self.encoder.head.in_features
+        self.projection = nn.Sequential(nn.Linear(c, c), nn.BatchNorm1d(c), nn.ReLU(),
+                                        nn.Linear(c, c))
+
+    def features(self, x):
+        return self.encoder.features(x)
+
+    def forward(self, x):
+        return self.projection(self.features(x))
 
 
-@dataclass(frozen=True)
-class Victim:
-    """Who trains on published images, and before that the owner's surrogate for him."""
-    network: Callable              # network(seed) -> a fresh one, on the device
-    scores_and_answers: Callable   # what it learns: class_scores or partner_scores
+def fit(victim, images, labels, *, epochs, batch_size, lr, seed, report):
+    """Train a fresh network of a victim by SGD (Nesterov momentum 0.9), where the images are.
+
+    epochs         of the victim's training
+    batch_size     images a step
+    lr             the highest learning rate of the one cycle
+    Returns its {"weights"}, "config" if it has one, and the mean loss of each epoch, "losses".
+    """
+    labels = labels.to(images.device)
+    net = victim.fresh(seed).to(images.device, memory_format=torch.channels_last).train()
+    generator = torch.Generator().manual_seed(seed)
+    steps = max(1, round(len(images) / batch_size))
+    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=True)
+    total = max(6, epochs * steps + 1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=0.2)
+    losses = []
+    for epoch in range(epochs):
+        added = 0.0
+        for b in torch.randperm(len(images), generator=generator).tensor_split(steps):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+                loss = victim.loss(net, images[b], labels[b], generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            cycle.step()
+            added += loss.detach()
+        losses.append(float(added) / steps)
+        report(epoch + 1, epochs, loss=losses[-1])
+    return dict(config=getattr(net, "config", None), weights=net.state_dict(), losses=losses)
+
+
+# A victim of your own is a network and an entry here, and train.py --victim NAME is judged by it
+VICTIMS = {
+    "classifier": Victim(ResNet, class_scores, training=dict(epochs=16, batch_size=128, lr=0.1)),
+    "simclr": Victim(SimCLR, partner_scores, choice=dict(view="quadrant", temperature=0.3),
+                     training=dict(epochs=44, batch_size=128, lr=0.1), probed=True)}
+
+
+def victim_of(name, resnet, settings):
+    """The victim of this name, with a run's ResNet, {"classes"} among it, and its own settings."""
+    victim = VICTIMS[name]
+    choice = {key: settings[key] for key in victim.choice}
+    if "view" in choice:
+        choice["view"] = VIEWS[choice["view"]]
+    # noise does not depend on how long victims train
+    return replace(victim, config=resnet, choice=choice, training={})
 
 
 # -- Protections -----------------------------------------------------------------------------------
-# A function (images (N, 3, H, W) in [0, 1], labels (N,), victim, *, epsilon, seed, report, ...)
-# -> unlearnable examples of the same shape.
-
-def publish(images, perturbation):
-    """The unlearnable examples: images + perturbation, clipped to [0, 1] and rounded to 8 bits,
-    which cannot push a pixel beyond an epsilon that is a multiple of 1/255."""
-    return (images + perturbation).clamp(0, 1).mul(255).round().div(255)
-
-
-def noise_step(perturbation, gradient, step, epsilon):
-    """One signed-gradient descent step within epsilon (Huang et al. 2021, Eq. 3)."""
-    return (perturbation - step * gradient.sign()).clamp(-epsilon, epsilon)
-
-
-def train_surrogate(net, optimizer, victim, images, labels, perturbation, rows, batches, size,
-                    generator):
-    """min over the weights: `batches` steps on `size` images + perturbation. Returns the loss."""
-    net.train().requires_grad_(True)
-    for _ in range(batches):
-        b = torch.randperm(len(images), generator=generator)[:size]
-        x = (images[b] + perturbation[rows[b]]).clamp(0, 1)
-        loss = F.cross_entropy(*victim.scores_and_answers(net, x, labels[b], generator))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    net.eval().requires_grad_(False)
-    return loss.detach()
-
-
-def noise_gradient(net, victim, images, labels, perturbation, wearer, generator):
-    """Gradient of the loss for the perturbation (R, 3, H, W), the weights fixed: image i wears
-    perturbation[wearer[i]], and those that share one add up their gradients."""
-    delta = perturbation.detach().requires_grad_()
-    x = (images + delta[wearer]).clamp(0, 1)
-    loss = F.cross_entropy(*victim.scores_and_answers(net, x, labels, generator))
-    return torch.autograd.grad(loss, delta)[0]
-
-
-def min_min(images, labels, victim, *, class_wise=False, start=None, surrogates=1, rounds=10,
-            train_batches=10, noise_batches=None, noise_steps=1, step=0.2, momentum=0.9, lr=0.1,
-            batch_size=128, warm_up=0, epsilon=EPSILON, seed=0, report=None):
-    """Noise that leaves nothing to learn: min over noise of min over weights of the loss (Huang et
-    al. 2021, Eq. 2; with the loss of SimCLR, He et al. 2023).
-
-    class_wise     one perturbation for each class (True) or for each image
-    start          UEs (N, 3, H, W) whose perturbation to begin with; default: uniform noise
-    surrogates     networks, one after the other, that start afresh. A victim is lost in its first
-                   epochs, so the noise must be read by a young network before the picture is
-    rounds         of each surrogate: `train_batches` that train it, then `noise_batches` (default:
-                   all images) with `noise_steps` steps on each, its weights frozen
-    step           of the noise at first, in epsilons; it falls to 0
-    momentum       of its gradient, normalised (Dong et al. 2018): one crop's is mostly noise
-    batch_size     in a large batch many images of a class add up their gradients
-    warm_up        more training batches for a surrogate before its first noise step
-    Returns UEs, at most epsilon away from the images, and rounded to 8 bits.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows = labels.cpu() if class_wise else torch.arange(len(images))
-    shape = (int(rows.max()) + 1, *images.shape[1:])
-    perturbation = epsilon * (2 * torch.rand(shape, generator=generator) - 1).to(images.device)
-    if start is not None:
-        perturbation[rows] = start - images
-    velocity = torch.zeros_like(perturbation)
-    total = surrogates * rounds
-    for done in range(total):
-        count = train_batches
-        if done % rounds == 0:                             # a surrogate starts afresh
-            net = victim.network(seed + 1000 + done)       # not the victim's initialisation
-            optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-            count += warm_up
-        loss = train_surrogate(net, optimizer, victim, images, labels, perturbation, rows, count,
-                               batch_size, generator)
-        size = step * epsilon * (1 - done / total)
-        for b in torch.randperm(len(images), generator=generator).split(batch_size)[:noise_batches]:
-            used, wearer = rows[b].unique(return_inverse=True)
-            for _ in range(noise_steps):
-                gradient = noise_gradient(net, victim, images[b], labels[b], perturbation[used],
-                                          wearer, generator)
-                length = gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
-                velocity[used] = momentum * velocity[used] + gradient / length
-                perturbation[used] = noise_step(perturbation[used], velocity[used], size, epsilon)
-        if report:
-            report(done + 1, total, loss=loss)
-    return publish(images, perturbation[rows])
-
 
 @dataclass(frozen=True)
 class Protection:
@@ -266,6 +411,20 @@ class Protection:
     victim: str = "classifier"     # or "simclr": who judges it, and who `make` is given
     start: str = ""                # the protection whose UEs are given to it as `start`
     settings: dict = field(default_factory=dict)
+
+    def options(self):
+        """{name: default} of all that can be set: what `make` has defaults for, and `settings`."""
+        keywords = inspect.signature(self.make).parameters.values()
+        found = {k.name: k.default for k in keywords if k.default is not k.empty} | self.settings
+        given = ("start", "epsilon", "seed", "report")     # to every protection, by the story
+        return {name: value for name, value in found.items()
+                if name not in given and not callable(value)}
+
+
+def published(protection, images, labels, **how):
+    """What a protection makes of images, as bytes."""
+    made = protection(images, labels.to(images.device), **how)
+    return dict(images=made.mul(255).round().clamp(0, 255).byte().cpu())
 
 
 # Sample-wise noise starts from class-wise noise, as in He et al. 2023

@@ -16,18 +16,16 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.nn  # before a group is made: its defaults keep one that exists from ending
 from PIL import Image, ImageOps
 
-from unet import BadInput, posterior, predict_x0, q_sample, sigma, visited_levels
+from unet import (DEVICE, PROCESSES, RANK, BadInput, mixed_precision, posterior, predict_x0,
+                  q_sample, said, seed_of, sigma, visited_levels)
 
-DEVICE = ("cuda" if torch.cuda.is_available() else
-          "mps" if torch.backends.mps.is_available() else "cpu")
 BATCH = 512 if DEVICE == "cuda" else 32                    # images purified at once
 
 
@@ -37,12 +35,12 @@ class Sampler:
     t_star: int = 100              # noise level that the image is diffused to, 1..1000
     rounds: int = 1                # times that it is diffused and denoised, one after the other
     steps: int = 4                 # strides from t_star to 0: network evaluations a round
-    pixel_weight: float = 5e4      # of the pixel distance,
-    pixel_above: int = 60          # which pulls above this level
-    perceptual_weight: float = 2e3  # of the perceptual distance,
-    perceptual_below: int = 60     # which pulls from this level down
+    pixel_weight: float = 5e4      # of the pixel distance
+    pixel_above: int = 60          # the pixel distance pulls above this level
+    perceptual_weight: float = 2e3  # of the perceptual distance
+    perceptual_below: int = 60     # the perceptual distance pulls from this level down
     target: str = "x0"             # x0: predicted x0 and UE are compared; xt: x_t and a noisy UE
-    compare: str = "colour"        # what both distances see: colour, or grey (the channels' mean)
+    compare: str = "colour"        # what both distances see: colour, or grey, the channels' mean
 
     def __post_init__(self):
         visited_levels(self.t_star, self.steps)            # raises BadInput if they cannot be
@@ -75,31 +73,26 @@ def seen(x, sampler):
     return x.mean(1, keepdim=True).expand_as(x) if sampler.compare == "grey" else x
 
 
-def features(y, distance, sampler):
-    """The perceptual features of images y in [-1, 1]."""
-    return distance.embed(seen(y / 2 + 0.5, sampler))
-
-
 def guidance(x, y, y_features, t, distance, sampler):
     """Gradient for x of its weighted distances to y that count at level t (Jiang et al. 2023).
 
     x, y (B, 3, H, W) in [-1, 1], each image's distances its own: the mean squared difference, and
-    the perceptual distance to y, whose `features` may be None where that does not count.
+    the perceptual distance, by `distance.embed` of y's picture, or None where that does not count.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         d = 0 * x.sum()
         if t > sampler.pixel_above:
-            squares = (seen(x, sampler) - seen(y, sampler)).square()
-            d = d + sampler.pixel_weight * squares.mean((1, 2, 3)).sum()
+            d = d + sampler.pixel_weight * (x - y).square().mean((1, 2, 3)).sum()
         if t <= sampler.perceptual_below and sampler.perceptual_weight:
-            perceived = distance.to_embedding(seen(x / 2 + 0.5, sampler), y_features)
+            perceived = distance.to_embedding(x / 2 + 0.5, y_features)
             d = d + sampler.perceptual_weight * perceived.sum()
         return torch.autograd.grad(d, x)[0]
 
 
 def joint_conditioned_mean(mean, var, t, gradient):
-    """The posterior mean pulled towards the UE: mean - var * s_t * gradient (Jiang et al. 2023).
+    """The mean of N(mean, var) when exp(-s_t * gradient . x) tilts it towards the UE (Jiang et al.
+    2023).
 
     s_t = sqrt((1 - alpha_bar_t) / alpha_bar_t) lets the pull fade with the noise; the weight is in
     the gradient. No pixel is pulled further than one standard deviation of the step: where VGG sees
@@ -108,19 +101,15 @@ def joint_conditioned_mean(mean, var, t, gradient):
     return mean - (var * sigma(t) * gradient).clamp(-var.sqrt(), var.sqrt())
 
 
-def mixed_precision(device):
-    """Within, networks on CUDA compute in bfloat16 where that is safe, many times as fast."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-
-
 def denoise(net, distance, ue, sampler, draw, trace=None):
     """One batch of UEs (B, 3, H, W) in [-1, 1] -> LEs in [-1, 1] (Jiang et al. 2023).
 
     `draw()` gives standard normal noise of that shape. `trace`, a list, gets every x_t.
     """
     visited = visited_levels(sampler.t_star, sampler.steps)
-    y_features = features(ue, distance, sampler) if sampler.perceptual_weight else None
+    y, y_features = seen(ue, sampler), None
+    if sampler.perceptual_weight:
+        y_features = distance.embed(y / 2 + 0.5)
     x = ue
     for _ in range(sampler.rounds):
         xt = q_sample(x, sampler.t_star, draw())
@@ -132,20 +121,16 @@ def denoise(net, distance, ue, sampler, draw, trace=None):
             x0 = predict_x0(xt, t, eps.float()).clamp(-1, 1)
             mean, var = posterior(x0, xt, t, s)
             if s > 0:                                      # the last stride has no variance
-                compared, y = x0, ue
+                compared = x0
                 if sampler.target == "xt":
-                    compared, y = xt, q_sample(ue, t, draw())
-                    y_features = features(y, distance, sampler) if y_features else None
-                gradient = guidance(compared, y, y_features, t, distance, sampler)
+                    compared, y = xt, seen(q_sample(ue, t, draw()), sampler)
+                    y_features = distance.embed(y / 2 + 0.5) if y_features else None
+                gradient = guidance(seen(compared, sampler), y, y_features, t, distance, sampler)
+                gradient = seen(gradient, sampler)         # the chain rule: a symmetric projection
                 mean = joint_conditioned_mean(mean, var, t, gradient)
             xt = mean + var.sqrt() * draw()
         x = xt
     return x
-
-
-def seed_of(seed, place):
-    """A seed for what stands at a place, whoever else is purified, when and where."""
-    return seed * 1_000_003 + place
 
 
 @torch.no_grad()
@@ -172,10 +157,10 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
 
         def draw(shape=ue.shape[1:], noises=noises):
             return torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(device)
-        le = denoise(net, distance, ue, sampler, draw)
-        if not le.isfinite().all():
+        made = denoise(net, distance, ue, sampler, draw)
+        if not made.isfinite().all():
             raise BadInput("the sampled images are not finite")
-        out[i:i + len(ue)] = as_float(as_bytes(le / 2 + 0.5))
+        out[i:i + len(ue)] = as_float(as_bytes(made / 2 + 0.5))
         if report:
             report(i + len(ue), len(images))
     return out
@@ -185,45 +170,48 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
 PURIFIERS = {"joint": purify}
 
 
+def divided(purifier, net, distance, images, sampler, seed, report):
+    """What a purifier makes of images (N, 3, H, W), as bytes; each process does its share."""
+    seeds = [seed_of(seed, place) for place in range(len(images))]
+    mine = slice(RANK, None, PROCESSES)
+    made = torch.zeros_like(images, device=DEVICE)
+    made[mine] = purifier(net, distance, images[mine], sampler, seeds[mine], report=report)
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(made)                 # every image is 0 in the other processes
+    return dict(images=as_bytes(made).cpu())
+
+
 # -- What every command needs: errors in one line, progress, downloads, images, torchrun -----------
-
-RANK = int(os.environ.get("RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-
 
 @contextmanager
 def processes():
     """Within, under torchrun, the processes can exchange tensors, and only the first one talks."""
-    if PROCESSES > 1:
-        if DEVICE == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise BadInput("torchrun: more processes than GPUs")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        if RANK:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+    if PROCESSES == 1:
+        yield
+        return
+    # here, since not every torch has it; and before a group is made, which would not end otherwise
+    import torch.distributed.nn
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if DEVICE == "cuda":
+        if local >= torch.cuda.device_count():
+            raise BadInput("torchrun: more processes than GPUs")
+        torch.cuda.set_device(local)
+    try:                                                   # some wait while one trains for hours
+        torch.distributed.init_process_group(timeout=timedelta(days=365))
+    except ValueError as error:
+        raise BadInput(f"WORLD_SIZE is set, as torchrun does, but: {said(error)}") from None
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         yield
     finally:
-        if PROCESSES > 1:
-            dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
-def summed(part):
-    """The sum of all processes' tensors, when all of them are here."""
+def all_here():
+    """Wait until every process is here."""
     if PROCESSES > 1:
-        dist.all_reduce(part)
-    return part
-
-
-def parallel(net):
-    """The network, whose backward pass leaves the mean of all processes' gradients."""
-    return torch.nn.parallel.DistributedDataParallel(net) if PROCESSES > 1 else net
-
-
-def on_device(images_or_net):
-    """Images or a network on the device, laid out the way convolutions like them."""
-    return images_or_net.to(DEVICE, memory_format=torch.channels_last)
+        torch.distributed.barrier()
 
 
 def as_bytes(images):

@@ -7,7 +7,7 @@ Images here are in [0, 1], (B, 3, H, W).
 import torch
 from torch import nn
 
-from unet import BadInput, fit_weights, read
+from unet import BadInput, fit_weights, read, unfilled
 
 MEAN = (0.485, 0.456, 0.406)                               # ImageNet's, which VGG weights expect
 STD = (0.229, 0.224, 0.225)
@@ -104,17 +104,9 @@ def load(path, lpips=None):
     `lpips` is a file with LPIPS's linear layers, version 0.1; without it every channel counts the
     same. Raises BadInput if a file is something else, naming the first key that differs.
     """
-    checkpoint = read(path)
-    if not isinstance(checkpoint, dict):
-        raise BadInput(f"{path}: holds a {type(checkpoint).__name__}, expected a VGG's weights")
-    try:
-        vgg = VGG(**checkpoint.get("config", {}))
-    except Exception as error:                             # whatever a stranger's values lead to
-        said = str(error).partition("\n")[0]
-        raise BadInput(f"{path}: not the configuration of a VGG ({said})") from None
-    weights = checkpoint.get("weights", checkpoint)
-    if "config" not in checkpoint:                         # the distance needs no class scores
-        vgg.classifier = nn.Identity()
+    vgg, weights = unfilled(path, VGG)
+    if "classifier.weight" not in weights:                 # torchvision's has three layers more
+        vgg.classifier = nn.Identity()                     # the distance needs no class scores
         weights = {k: w for k, w in weights.items() if not str(k).startswith("classifier.")}
     fit_weights(path, vgg, weights)
     if not lpips:

@@ -8,14 +8,15 @@
     torchrun --nproc_per_node=2 train.py    by two processes, on a GPU each if there are
 
 Read `story` first. Results are kept in runs/, with a table and a picture, and made again only when
-their inputs, their settings or their code have changed.
+their inputs, their settings or the files that their code is in have changed.
 """
 import argparse
 import ast
-import copy
 import inspect
 import json
 import math
+import os
+import pickle
 import re
 import sys
 import tarfile
@@ -24,91 +25,112 @@ import time
 from dataclasses import asdict
 from functools import cache, partial
 from hashlib import sha256
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-import le
 import perceptual
 import unet
-from attacks import PROTECTIONS, VIEWS, Victim, class_scores, partner_scores
-from le import DEVICE, PROCESSES, RANK, BadInput, Sampler, as_bytes, as_float, on_device, seed_of
+from attacks import (EPSILON, PROTECTIONS, VICTIMS, VIEWS, ResNet, Victim, class_scores, fit,
+                     published, victim_of)
+from le import (IMAGES, PURIFIERS, SAMPLERS, Parser, Progress, Sampler, all_here, as_bytes,
+                as_float, divided, download, one_line_errors, open_image, pixels_of, processes)
 from perceptual import VGG
-from unet import UNet, ddpm_loss, save
+from unet import DEVICE, PROCESSES, RANK, BadInput, UNet, on_device, said, train_unet
 
 
-# Every value is an option: --seed 1, --classifier.epochs 4, --noise.em-class.rounds 10
-DEFAULTS = dict(
-    data="shapes",                    # shapes, cifar10, or a folder of class folders
-    root="runs/cifar-10-binary.tar.gz",  # cifar10: the official archive
-    out="",                           # where results are kept; a folder in runs/ if empty
-    seed=0,
-    evaluate="test",                  # clean images that judge: test, or validation while tuning
-    limit=0,                          # at most so many images, epochs, rounds, steps: does it run?
-    protections=tuple(PROTECTIONS),
-    purifier="joint",                 # one of le.PURIFIERS
-    epsilon=8.0,                      # largest change of a channel, of 255
-    size=32,                          # a folder's images are cropped and resized to size x size
-    images=dict(                      # in disjoint sets; a folder is divided in these proportions
-        protected=4096,               # the owner's, published only as unlearnable examples
-        unprotected=4096,             # the unauthorized user's own
-        validation=1000, test=2000),
-    resnet=dict(widths=(16, 24, 48, 96), blocks=1, strides=(2, 2, 2)),
-    classifier=dict(epochs=16, batch_size=128, lr=0.1),  # the victim that learns labels
-    simclr=dict(epochs=44, batch_size=128, lr=0.1),      # the victim that does not,
-    contrast=dict(view="quadrant", temperature=0.3),     # and what it compares
-    unet=dict(width=32, mults=(1, 2), blocks=1, attention=(), dropout=0.0, patch=2),
-    ddpm=dict(levels=100,             # noise levels 1..levels are learned, no others visited,
-              tilt=1.0,               # and drawn by their noise's deviation to this power
-              steps=4000, batch_size=16, lr=4e-3, ema_decay=0.999),
-    unet_start="",                    # a checkpoint, such as released weights, to go on from
-    vgg=dict(width=16, convs=(1, 1, 1, 1, 1)),
-    perceptual=dict(epochs=24, batch_size=32, lr=0.03),  # the VGG's training
-    vgg_weights="",                   # torchvision's vgg16-397923af.pth instead of training one
-    lpips="",                         # LPIPS's linear layers for it
-    sampler=asdict(Sampler()),
-    noise={name: protection.settings for name, protection in PROTECTIONS.items()})
+def named(prefix, values):
+    """{"prefix.key": value} of a dict of settings."""
+    return {f"{prefix}.{key}": value for key, value in values.items()}
 
-# What differs from the defaults above. Photographs are cifar10 and folders, without being asked
+
+# Every value is an option: --seed 1, --unet.width 48. More are --sampler.steps 8, of le.Sampler;
+# --classifier.epochs 4, of attacks.VICTIMS; --noise.em-class.rounds 10, of attacks.PROTECTIONS
+DEFAULTS = {
+    "data": "shapes",              # shapes, cifar10, or a folder of class folders
+    "root": "runs/cifar-10-binary.tar.gz",  # the official archive, for --data cifar10
+    "out": "",                     # where results are kept; a folder in runs/ if empty
+    "seed": 0,                     # of the images, the networks and the noise
+    "evaluate": "test",            # clean images that judge: test, or validation while tuning
+    "limit": 0,                    # at most so many images, epochs, rounds, steps: does it run?
+    "protections": tuple(PROTECTIONS),  # of attacks.PROTECTIONS, a row of the table each
+    "victim": "",                  # of attacks.VICTIMS, judges in place of each protection's own
+    "purifier": "joint",           # of le.PURIFIERS
+    "epsilon": 255 * EPSILON,      # largest change of a channel, of 255
+    "size": 32,                    # a folder's images are cropped and resized to size x size
+    # four disjoint sets; a folder is divided in these proportions
+    "images.protected": 4096,      # the owner's images, published only as unlearnable examples
+    "images.unprotected": 4096,    # the unauthorized user's own images
+    "images.validation": 1000,     # clean images that judge while somebody tunes
+    "images.test": 2000,           # clean images that judge
+    "resnet.widths": (16, 24, 48, 96),  # the victims' network: channels of its stem and levels
+    "resnet.blocks": 1,            # residual blocks in each level
+    "resnet.strides": (2, 2, 2),   # of each level's first block
+    "unet.width": 32,              # channels at the finest resolution
+    "unet.mults": (1, 2),          # channels at each resolution, in widths
+    "unet.blocks": 1,              # residual blocks at each resolution
+    "unet.attention": (),          # resolutions that have attention, in patches
+    "unet.dropout": 0.0,           # share of the values that are dropped in training
+    "unet.patch": 2,               # so many pixels a side are folded into channels
+    "unet_start": "",              # a checkpoint, such as released weights, to go on from
+    "ddpm.levels": 100,            # noise levels 1..levels are learned, no others visited
+    "ddpm.tilt": 1.0,              # levels are drawn by their noise's deviation to this power
+    "ddpm.steps": 4000,            # training steps of the U-Net
+    "ddpm.batch_size": 16,         # images a step
+    "ddpm.lr": 4e-3,               # the highest learning rate
+    "ddpm.ema_decay": 0.999,       # of the moving average of the weights
+    "vgg.width": 16,               # channels of the first stage
+    "vgg.convs": (1, 1, 1, 1, 1),  # convolutions of each stage
+    "perceptual.epochs": 24,       # of the VGG's training
+    "perceptual.batch_size": 32,   # images a step
+    "perceptual.lr": 0.03,         # the highest learning rate
+    "vgg_weights": "",             # torchvision's vgg16-397923af.pth, in place of training one
+    "lpips": ""}                   # LPIPS's linear layers for it
+
+# What differs from the defaults. Photographs are cifar10 and folders, without being asked
 CONFIGS = {
     "shapes": {},
     "photographs": {
-        "images": dict(protected=6000, unprotected=5500, validation=500, test=2400),
-        "resnet": dict(widths=(16, 32, 64, 128)),
-        "classifier": dict(epochs=30),
-        "simclr": dict(epochs=60, lr=0.2),
-        "contrast": dict(view="simclr", temperature=0.2),
-        "unet": dict(width=48),
-        "ddpm": dict(levels=250, steps=6000),
-        "perceptual": dict(epochs=40),
-        "sampler": asdict(le.SAMPLERS["photographs"]),
-        "noise": {"em-class": dict(rounds=24), "em-sample": dict(rounds=12)}},
-    "quick": {"protections": ("em-class",), "ddpm": dict(steps=2000)},
-    "released": {"sampler": asdict(le.SAMPLERS["released"])},
+        "images.protected": 6000, "images.unprotected": 5500, "images.validation": 500,
+        "images.test": 2400,
+        "resnet.widths": (16, 32, 64, 128),
+        "classifier.epochs": 30,
+        "simclr.epochs": 60, "simclr.lr": 0.2, "simclr.view": "simclr", "simclr.temperature": 0.2,
+        "unet.width": 48,
+        "ddpm.levels": 250, "ddpm.steps": 6000,
+        "perceptual.epochs": 40,
+        "noise.em-class.rounds": 24,
+        "noise.em-sample.rounds": 12} | named("sampler", asdict(SAMPLERS["photographs"])),
+    "quick": {"protections": ("em-class",), "ddpm.steps": 2000},
+    "released": named("sampler", asdict(SAMPLERS["released"])),
     # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et
     # al., VGG-16; contrastive noise by 20 and 20 batches of 512 and one surrogate
     "paper": {
-        "images": dict(protected=40000, unprotected=9500, validation=500, test=10000),
-        "resnet": dict(widths=(64, 64, 128, 256, 512), blocks=2, strides=(1, 2, 2, 2)),
-        "classifier": dict(epochs=60),
-        "simclr": dict(epochs=200, batch_size=512),
-        "contrast": dict(view="simclr", temperature=0.5),
-        "unet": dict(width=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
-                     patch=1),
-        "ddpm": dict(levels=1000, tilt=0.0, steps=40000, batch_size=128, lr=2e-4, ema_decay=0.9999),
+        "images.protected": 40000, "images.unprotected": 9500, "images.validation": 500,
+        "images.test": 10000,
+        "resnet.widths": (64, 64, 128, 256, 512), "resnet.blocks": 2,
+        "resnet.strides": (1, 2, 2, 2),
+        "classifier.epochs": 60,
+        "simclr.epochs": 200, "simclr.batch_size": 512, "simclr.view": "simclr",
+        "simclr.temperature": 0.5,
+        "unet.width": 128, "unet.mults": (1, 2, 2, 2), "unet.blocks": 2, "unet.attention": (16,),
+        "unet.dropout": 0.1, "unet.patch": 1,
+        "ddpm.levels": 1000, "ddpm.tilt": 0.0, "ddpm.steps": 40000, "ddpm.batch_size": 128,
+        "ddpm.lr": 2e-4, "ddpm.ema_decay": 0.9999,
         "vgg_weights": "runs/vgg16-397923af.pth",
-        "lpips": "runs/lpips-vgg.pth",
-        "noise": {
-            "em-class": dict(rounds=40, step=0.1),
-            "em-sample": dict(rounds=10, step=0.1, noise_steps=20, lr=0.1),
-            "cp-class": dict(surrogates=1, rounds=200, train_batches=20, noise_batches=20, step=0.1,
-                             batch_size=512),
-            "cp-sample": dict(surrogates=1, rounds=40, train_batches=20, noise_steps=5, step=0.1,
-                              batch_size=512)}}}
+        "lpips": "runs/lpips-vgg.pth",}
+    | named("noise.em-class", dict(rounds=40, step=0.1))
+    | named("noise.em-sample", dict(rounds=10, step=0.1, noise_steps=20, lr=0.1))
+    | named("noise.cp-class", dict(surrogates=1, rounds=200, train_batches=20, noise_batches=20,
+                                   step=0.1, batch_size=512))
+    | named("noise.cp-sample", dict(surrogates=1, rounds=40, train_batches=20, noise_steps=5,
+                                    step=0.1, batch_size=512))}
 
 torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down
 
@@ -127,19 +149,22 @@ def story(c, stage="all"):
     rows, images = [], {}
     for name in c.protections:
         ue = protect(c, name, sets)
-        le = purify(c, name, ue, net, distance)
+        le = make_learnable(c, name, ue, net, distance)
         rows.append(judge(c, name, sets, ue, le))
         images[name] = ue, le
-    show(c, sets, rows, images)
+    if RANK == 0:
+        show(c, sets, rows, images)
 
 
 def train_ddpm(c, sets):
     """The U-Net, trained on the unprotected images only."""
-    images = sets["unprotected"][0]
-    net = new_network(UNet, c.unet | dict(size=images.shape[-1]), c.seed)
+    images, _ = sets["unprotected"]
+    torch.manual_seed(c.seed)
+    net = on_device(UNet(**c.unet, size=images.shape[-1]))
     if c.unet_start:
         net = on_device(unet.load(c.unet_start))
-    cached(c, "ddpm", train_unet, net=net, images=images, seed=c.seed, **c.ddpm)
+    cached(c, "ddpm", train_unet, shared=True, resumed=True, net=net, images=images, seed=c.seed,
+           **c.ddpm)
     return on_device(unet.load(c.run / "ddpm.pt"))
 
 
@@ -153,34 +178,34 @@ def train_vgg(c, sets):
     if c.vgg_weights:
         return on_device(perceptual.load(c.vgg_weights, c.lpips))
     images, labels = sets["unprotected"]
-    config = c.vgg | dict(classes=count_classes(sets))
-    victim = Victim(partial(new_network, VGG, config), class_scores)
-    cached(c, "vgg", fit, victim=victim, images=images, labels=labels, seed=c.seed, **c.perceptual)
+    victim = Victim(VGG, class_scores, c.vgg | dict(classes=count_classes(sets)))
+    cached(c, "vgg", fit, victim=victim, images=on_device(images), labels=labels, seed=c.seed,
+           **c.perceptual)
     return on_device(perceptual.load(c.run / "vgg.pt"))
 
 
 def protect(c, name, sets):
     """The unlearnable examples (N, 3, H, W) that a protection makes of the protected images."""
-    protection, how = PROTECTIONS[name], dict(c.noise[name])
+    protection, how = PROTECTIONS[name], dict(c.noise.get(name, {}))
     if protection.start:
         how["start"] = on_device(protect(c, protection.start, sets))
     images, labels = sets["protected"]
-    made = cached(c, name, published, protection=protection.make, images=images, labels=labels,
-                  victim=victim_of(c, protection.victim, sets), epsilon=c.epsilon / 255,
-                  seed=c.seed, **how)
+    made = cached(c, name, published, protection=protection.make, images=on_device(images),
+                  labels=labels, victim=victim_in(c, protection.victim, sets),
+                  epsilon=c.epsilon / 255, seed=c.seed, **how)
     return as_float(made["images"])
 
 
-def purify(c, name, ue, net, distance):
+def make_learnable(c, name, ue, net, distance):
     """The learnable examples (N, 3, H, W) made from unlearnable ones."""
-    made = cached(c, f"{name}-le", purified, purifier=le.PURIFIERS[c.purifier], net=net,
+    made = cached(c, f"{name}-le", divided, shared=True, purifier=PURIFIERS[c.purifier], net=net,
                   distance=distance, images=ue, sampler=Sampler(**c.sampler), seed=c.seed)
     return as_float(made["images"])
 
 
 def judge(c, name, sets, ue, le):
-    """A row of the table, by the victim that the protection is made against."""
-    kind, images = PROTECTIONS[name].victim, sets["protected"][0]
+    """A row of the table, by --victim, or by the victim that the protection is made against."""
+    kind, images = c.victim or PROTECTIONS[name].victim, sets["protected"][0]
     clean = train_victim(c, kind, "clean", images, sets)
     on_ue = train_victim(c, kind, f"{name}-ue", ue, sets)
     on_le = train_victim(c, kind, f"{name}-le", le, sets)
@@ -190,182 +215,41 @@ def judge(c, name, sets, ue, le):
 
 
 def train_victim(c, kind, name, images, sets):
-    """Accuracy in percent, on clean images, of a victim of this kind (classifier or simclr) that
-    is trained on `images` in place of the protected ones."""
-    victim = victim_of(c, kind, sets)
-    training = c.classifier if kind == "classifier" else c.simclr
-    made = cached(c, f"{kind}-{name}", fit, victim=victim, images=images, seed=c.seed,
-                  labels=sets["protected"][1], **training)
-    net = victim.network(c.seed).eval()
-    net.load_state_dict(made["weights"])
-    score = score_of(c, net, sets)
-    every = math.ceil(len(made["losses"]) / 6)
-    losses = ", ".join(f"{loss:.2f}" for loss in made["losses"][::every])
-    print(f"{kind} on {name}: {score:.1f} %; loss every {every} epochs {losses}", flush=True)
+    """Accuracy in percent, on clean images, of a victim of this kind, an entry of VICTIMS, that is
+    trained on `images` in place of the protected ones."""
+    net, losses = trained(c, kind, name, images, sets)
+    score = score_of(c, VICTIMS[kind], net, sets)
+    every = math.ceil(len(losses) / 6)
+    shown = ", ".join(f"{loss:.2f}" for loss in losses[::every])
+    print(f"{kind} on {name}: {score:.1f} %; loss every {every} epochs {shown}", flush=True)
     return score
 
 
-def score_of(c, net, sets):
-    """Accuracy of a victim in percent on clean images; a linear probe's where it is an encoder."""
-    if isinstance(net, SimCLR):
-        return linear_probe(net.encoder, sets["unprotected"], sets[c.evaluate])
-    return accuracy(net, *sets[c.evaluate])
+def trained(c, kind, name, images, sets):
+    """The network of such a victim, and its loss by epoch."""
+    victim, labels = victim_in(c, kind, sets), sets["protected"][1]
+    training = {key: vars(c)[kind][key] for key in VICTIMS[kind].training}
+    made = cached(c, f"{kind}-{name}", fit, victim=victim, images=on_device(images), labels=labels,
+                  seed=c.seed, **training)
+    net = on_device(victim.fresh(c.seed)).eval()
+    net.load_state_dict(made["weights"])
+    return net, made["losses"]
 
 
-def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of two sets of images in [0, 1]."""
-    return -10 * math.log10(max((x - y).square().mean().item(), 1e-12))
-
-
-def recovery(clean, ue, le):
-    """Share of what UEs took from a victim that LEs give back; None if that is a point or less."""
-    return round((le - ue) / (clean - ue), 3) if clean - ue > 1 else None
-
-
-def table(rows):
-    """The rows of `judge` as a Markdown table."""
-    lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---" * 7 + "|"]
-    for r in rows:
-        share = "-" if r["recovery"] is None else f"{r['recovery']:.2f}"
-        lines.append(f"| {r['protection']} | {r['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} "
-                     f"| {share} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
-    return "\n".join(lines)
-
-
-def show(c, sets, rows, images):
-    """The table on stdout, results.json and figure.png in the run's folder."""
-    untrained = victim_of(c, "classifier", sets).network(c.seed).eval()
-    floor = linear_probe(untrained, sets["unprotected"], sets[c.evaluate])
-    results = dict(config=vars(c), rows=rows, floor=round(floor, 2))
-    (c.run / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
-    originals, labels = sets["protected"]
-    chosen = [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:10]
-    x = originals[chosen]
-    pictures = [x]
-    for ue, learnable in images.values():
-        pictures += [ue[chosen], 0.5 + 16 * (ue[chosen] - x), learnable[chosen]]
-    canvas = torch.cat([torch.cat(list(row), dim=2) for row in pictures], dim=1)
-    picture = Image.fromarray(as_bytes(canvas).permute(1, 2, 0).numpy())
-    picture.resize((2 * picture.width, 2 * picture.height), 0).save(c.run / "figure.png")
-    print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
-          f"encoder's probe has {floor:.1f}.\nMore in {c.run}: results.json, and figure.png "
-          "with originals, then UEs, their noise x16 and LEs\nof each protection; "
-          "`python -m studies.pictures` draws more.")
-
-
-# -- The victims -----------------------------------------------------------------------------------
-
-def conv_norm(c_in, c_out, size, stride=1):
-    conv = nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016): (B, c_in, H, W) -> c_out, / stride."""
-
-    def __init__(self, c_in, c_out, stride):
-        super().__init__()
-        self.conv1 = conv_norm(c_in, c_out, 3, stride)
-        self.conv2 = conv_norm(c_out, c_out, 3)
-        same = stride == 1 and c_in == c_out
-        self.shortcut = nn.Identity() if same else conv_norm(c_in, c_out, 1, stride)
-
-    def forward(self, x):
-        h = F.relu(self.conv1(x))
-        return F.relu(self.conv2(h) + self.shortcut(x))
-
-
-class ResNet(nn.Module):
-    """Residual network with the CIFAR stem: images in [0, 1] (B, 3, H, W) -> scores (B, classes).
-
-    widths are the channels of the stem and of each level; ResNet-18 is widths
-    (64, 64, 128, 256, 512), blocks 2, strides (1, 2, 2, 2).
-    """
-
-    def __init__(self, widths, blocks, strides, classes):
-        super().__init__()
-        self.levels = nn.Sequential(conv_norm(3, widths[0], 3), nn.ReLU())
-        for c_in, c_out, stride in zip(widths[:-1], widths[1:], strides, strict=True):
-            self.levels.append(BasicBlock(c_in, c_out, stride))
-            for _ in range(blocks - 1):
-                self.levels.append(BasicBlock(c_out, c_out, 1))
-        self.head = nn.Linear(widths[-1], classes)
-
-    def features(self, x):
-        """What the last layer sees: (B, widths[-1])."""
-        return self.levels((x - 0.5) / 0.25).mean((2, 3))
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-class SimCLR(nn.Module):
-    """An encoder and the head through which contrastive learning trains it (Chen et al. 2020).
-
-    Images (B, 3, H, W) -> embeddings (B, c). The head is thrown away afterwards: what a victim
-    keeps are the encoder's features.
-    """
-
-    def __init__(self, **resnet):
-        super().__init__()
-        self.encoder = ResNet(**resnet)
-        c = self.encoder.head.in_features
-        self.projection = nn.Sequential(nn.Linear(c, c), nn.BatchNorm1d(c), nn.ReLU(),
-                                        nn.Linear(c, c))
-
-    def forward(self, x):
-        return self.projection(self.encoder.features(x))
-
-
-def new_network(architecture, config, seed):
-    """A network on the device, whose weights depend on the seed alone."""
-    torch.manual_seed(seed)
-    return on_device(architecture(**config))
+def victim_in(c, kind, sets):
+    """The victim of this kind, with the settings and classes of the run."""
+    return victim_of(kind, c.resnet | dict(classes=count_classes(sets)), vars(c)[kind])
 
 
 def count_classes(sets):
     return 1 + int(torch.cat([labels for _, labels in sets.values()]).max())
 
 
-def victim_of(c, kind, sets):
-    """The victim of this kind: classifier, or simclr."""
-    config = c.resnet | dict(classes=count_classes(sets))
-    if kind == "classifier":
-        return Victim(partial(new_network, ResNet, config), class_scores)
-    return Victim(partial(new_network, SimCLR, config),
-                  partial(partner_scores, view=VIEWS[c.contrast["view"]],
-                          temperature=c.contrast["temperature"]))
-
-
-def fit(victim, images, labels, *, epochs, batch_size, lr, seed, report):
-    """Train a fresh network of a victim by SGD (Nesterov momentum 0.9) and one learning-rate cycle.
-
-    Returns its {"weights"}, "config" if it has one, and the mean loss of each epoch, "losses".
-    """
-    net = victim.network(seed)
-    trained = le.parallel(net.train())
-    generator = torch.Generator().manual_seed(seed * PROCESSES + RANK)
-    images, labels = on_device(images[RANK::PROCESSES]), labels[RANK::PROCESSES].to(DEVICE)
-    steps = max(1, round(len(images) * PROCESSES / batch_size))
-    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=True)
-    total = max(6, epochs * steps + 1)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=0.2)
-    losses = []
-    for epoch in range(epochs):
-        summed = 0.0
-        for b in torch.randperm(len(images), generator=generator).chunk(steps):
-            with le.mixed_precision(DEVICE):
-                x, y = images[b], labels[b]
-                scores, answers = victim.scores_and_answers(trained, x, y, generator)
-            loss = F.cross_entropy(scores.float(), answers)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            cycle.step()
-            summed += loss.detach()
-        losses.append(float(summed) / steps)
-        report(epoch + 1, epochs, loss=losses[-1])
-    return dict(config=getattr(net, "config", None), weights=net.state_dict(), losses=losses)
+def score_of(c, victim, net, sets):
+    """Accuracy of a victim's network in percent on clean images; a probe's where it is probed."""
+    if victim.probed:
+        return linear_probe(net, sets["unprotected"], sets[c.evaluate])
+    return accuracy(net, *sets[c.evaluate])
 
 
 @torch.no_grad()
@@ -403,68 +287,59 @@ def linear_probe(encoder, train, test):
     return 100 * (answers == test[1]).float().mean().item()
 
 
-# -- The diffusion model ---------------------------------------------------------------------------
-
-def train_unet(net, images, *, levels, tilt, steps, batch_size, lr, ema_decay, seed, report,
-               partial, checkpoint_seconds=30):
-    """Train by Ho et al. 2020, Algorithm 1, on noise levels 1..levels; returns a checkpoint.
-
-    They draw levels evenly (tilt 0). Errors of x0 grow with the noise, so at tilt 1 a level is
-    drawn in proportion to its standard deviation: as good an x0 in half the steps.
-
-    The weights are an exponential moving average. Learning rates warm up over 100 steps and fall
-    along a half cosine. Every step draws from its own seed, so a run resumed from `partial`, a file
-    written every `checkpoint_seconds`, ends where an uninterrupted one does.
-    """
-    images = images.to(DEVICE)
-    likely = (1 - unet.ALPHA_BAR[1:levels + 1]) ** (tilt / 2)
-    trained = le.parallel(net.train().requires_grad_(True))
-    average = copy.deepcopy(net)
-    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    start = 0
-    if partial.exists():
-        saved = unet.read(partial)
-        net.load_state_dict(saved["net"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-    written = time.time()
-    for step in range(start, steps):
-        torch.manual_seed(seed_of(seed * PROCESSES + RANK, step))
-        warm_up = min(1, (step + 1) / 100)
-        optimizer.param_groups[0]["lr"] = lr * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
-        n = math.ceil(batch_size / PROCESSES)
-        x0 = images[torch.randint(len(images), (n,))] * 2 - 1
-        x0 = torch.where((torch.rand(n, 1, 1, 1) < 0.5).to(DEVICE), x0.flip(3), x0)
-        t = 1 + torch.multinomial(likely, n, replacement=True).to(DEVICE)
-        with le.mixed_precision(DEVICE):
-            loss = ddpm_loss(trained, on_device(x0), t, on_device(torch.randn_like(x0)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))   # not an average with its own start
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-        report(step + 1, steps, loss=loss.detach())
-        if RANK == 0 and time.time() - written > checkpoint_seconds:
-            save(partial, dict(step=step + 1, net=net.state_dict(), average=average.state_dict(),
-                               optimizer=optimizer.state_dict()))
-            written = time.time()
-    return dict(config=net.config, max_level=levels, weights=average.state_dict())
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of two sets of images in [0, 1]."""
+    return -10 * math.log10(max((x - y).square().mean().item(), 1e-12))
 
 
-def published(protection, images, labels, **settings):
-    """What a protection makes of images, as bytes."""
-    return dict(images=as_bytes(protection(on_device(images), labels.to(DEVICE), **settings)).cpu())
+def recovery(clean, ue, le):
+    """Share of what UEs took from a victim that LEs give back; None if that is a point or less."""
+    return round((le - ue) / (clean - ue), 3) if clean - ue > 1 else None
 
 
-def purified(purifier, net, distance, images, sampler, seed, report):
-    """What a purifier makes of images, as bytes; each process does every PROCESSES-th image."""
-    seeds = [seed_of(seed, place) for place in range(len(images))]
-    mine = slice(RANK, None, PROCESSES)
-    made = torch.zeros_like(images, device=DEVICE)
-    made[mine] = purifier(net, distance, images[mine], sampler, seeds[mine], report=report)
-    return dict(images=as_bytes(le.summed(made)).cpu())
+def table(rows):
+    """The rows of `judge` as a Markdown table."""
+    lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---" * 7 + "|"]
+    for r in rows:
+        share = "-" if r["recovery"] is None else f"{r['recovery']:.2f}"
+        lines.append(f"| {r['protection']} | {r['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} "
+                     f"| {share} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
+    return "\n".join(lines)
+
+
+def first_of_each(labels, most=10):
+    """Where the first image of each class is, for at most so many classes."""
+    return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:most]
+
+
+def side_by_side(sets, images):
+    """[(what, images (K, 3, H, W))]: the original of each class; then, of each protection in
+    {name: (UEs, LEs)}, the UEs, their noise x16, and the LEs."""
+    originals, labels = sets["protected"]
+    places = first_of_each(labels)
+    x = originals[places]
+    rows = [("original", x)]
+    for name, (ue, le) in images.items():
+        rows.append((f"{name} UE", ue[places]))
+        rows.append(("its noise x16", 0.5 + 16 * (ue[places] - x)))
+        rows.append((f"{name} LE", le[places]))
+    return rows
+
+
+def show(c, sets, rows, images):
+    """The table on stdout, results.json and figure.png in the run's folder."""
+    untrained = on_device(victim_in(c, "classifier", sets).fresh(c.seed)).eval()
+    floor = linear_probe(untrained, sets["unprotected"], sets[c.evaluate])
+    results = dict(config=vars(c), rows=rows, floor=round(floor, 2))
+    text = json.dumps(results, indent=1, default=str) + "\n"
+    (c.run / "results.json").write_text(text, encoding="utf-8")
+    lines = [torch.cat(list(part), dim=2) for _, part in side_by_side(sets, images)]
+    picture = Image.fromarray(as_bytes(torch.cat(lines, dim=1)).permute(1, 2, 0).numpy())
+    picture.resize((2 * picture.width, 2 * picture.height), 0).save(c.run / "figure.png")
+    print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
+          f"encoder's probe has {floor:.1f}.\nMore in {c.run}: results.json, and figure.png "
+          "with originals, then UEs, their noise x16 and LEs\nof each protection; "
+          "`python -m studies.pictures` draws more.")
 
 
 # -- Data: shapes ----------------------------------------------------------------------------------
@@ -593,20 +468,17 @@ def folder(root, size):
     """
     images, labels, classes = [], [], []
     for path in sorted(path for path in Path(root).iterdir() if path.is_dir()):
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in le.IMAGES)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
         for file in files:
-            image = le.open_image(file).convert("RGB")
+            image = open_image(file).convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-            images.append(le.pixels_of(image))
+            images.append(pixels_of(image))
         if files:
             labels += [len(classes)] * len(files)
             classes.append(path.name)
     if len(classes) < 2:
-        raise BadInput(f"--data {root}: expected two or more folders with {', '.join(le.IMAGES)}")
+        raise BadInput(f"--data {root}: expected two or more folders with {', '.join(IMAGES)}")
     return torch.stack(images), torch.tensor(labels), classes
-
-
-SETS = ("protected", "unprotected", "validation", "test")
 
 
 def load_data(c):
@@ -639,158 +511,227 @@ def load_data(c):
     return sets | {name: (images[p], labels[p]) for name, p in zip(counts, parts)}, classes
 
 
-# -- What is made is kept, with a hash of each input and of all the code that it comes from --------
+# -- What is kept: a result, beside hashes of its inputs and of the files that its code is in ------
 
-MODULES = ("unet", "perceptual", "attacks", "le", "train")
-SOURCES = {str(path): path.read_text()                     # as they were when the program began
-           for path in (Path(__file__).with_name(f"{name}.py") for name in MODULES)}
-
-
-def digest(thing):
-    """A hash of tensors, networks, and of what other values show of themselves."""
-    if isinstance(thing, nn.Module):
-        thing = dict(thing.state_dict())
-    if isinstance(thing, dict):
-        thing = [(key, digest(value)) for key, value in sorted(thing.items())]
-    if isinstance(thing, torch.Tensor):
-        array = thing.detach().cpu().contiguous().numpy()
-        return sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
-    # neither where a function lies in memory nor whether this file is the program matters
-    shown = re.sub(r" at 0x[0-9a-f]+|__main__\.|train\.", "", repr(thing))
-    return sha256(shown.encode()).hexdigest()
+BEGAN = time.time()
 
 
 @cache
-def definitions(source):
-    """[(name, its syntax, names it uses)] of what a file defines; docstrings do not count."""
-    found = []
-    for node in ast.parse(source).body:
-        uses = set()
-        for part in ast.walk(node):
-            if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part):
-                del part.body[0]
-            elif isinstance(part, ast.Name):
-                uses.add(part.id)
-            elif isinstance(part, ast.Attribute) and getattr(part.value, "id", "") in MODULES:
-                uses.add(part.attr)                        # such as `load` in unet.load
-        for part in [node, *getattr(node, "targets", [])]:
-            name = getattr(part, "name", getattr(part, "id", None))
-            found.append((name, ast.dump(node), uses))
-    return found
+def syntax(file, package, changed):
+    """A hash of what a file, `changed` at this time, says to Python, comments and docstrings aside,
+    and the names of the modules, or of what is in them, that it imports."""
+    names, tree = set(), ast.parse(Path(file).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+            if ast.get_docstring(node):
+                del node.body[0]
+    if changed > BEGAN:                                    # what runs is what was there before
+        return uuid4().hex, names
+    return sha256(ast.dump(tree).encode()).hexdigest(), names
 
 
-def code_of(make, inputs):
-    """{name: hash} of each function, class and constant of the project that `make`, or something
-    that the inputs name, reaches by its names. Comments and docstrings do not count."""
-    own = inspect.getsourcefile(make)                      # of a study, or of somebody's protection
-    sources = {own: Path(own).read_text()} | SOURCES
-    known, found = {}, {}
-    for definition in [d for source in sources.values() for d in definitions(source)]:
-        known.setdefault(definition[0], []).append(definition)  # two files may use a name
-    waiting = {make.__name__, *re.findall(r"\w+", repr(inputs))}
+def own_file(name):
+    """The file and the package of a module, imported or not yet, that is neither Python's own nor
+    installed; else None, as for a name within a module."""
+    module = sys.modules.get(name)
+    try:
+        spec = None if module else find_spec(name)
+    except (ImportError, ValueError):
+        return None, None
+    file = getattr(module, "__file__", None) or getattr(spec, "origin", None)
+    if name.partition(".")[0] in sys.stdlib_module_names or "-packages" in str(file):
+        return None, None
+    return file, getattr(module, "__package__", None) or getattr(spec, "parent", None)
+
+
+def files_of(modules):
+    """{file: hash} for the own files among these modules, and for those that they import in turn.
+    """
+    found, waiting = {}, set(modules)
     while waiting:
         name = waiting.pop()
-        if name in known and name not in found:
-            for _, syntax, uses in known[name]:
-                found[name] = digest(found.get(name, "") + syntax)
-                waiting |= uses
-    return found
+        file, package = own_file(name)
+        if name == "__main__" and not file:                # typed in, where nothing shows a change
+            return {"code that is in no file": uuid4().hex}
+        if file and file not in found:
+            found[file], imported = syntax(file, package, os.path.getmtime(file))
+            waiting |= imported
+    return {os.path.relpath(file, Path(__file__).parent): found[file] for file in sorted(found)}
 
 
-def cached(c, name, make, **inputs):
+class Inputs(pickle.Pickler):
+    """Hashes what pickle would write of an input, and collects the modules that its code is in."""
+
+    def __init__(self):
+        self.hash, self.modules = sha256(), set()
+        super().__init__(SimpleNamespace(write=self.hash.update))
+        self.fast = True                                   # equal is equal, the same object or not
+
+    def reducer_override(self, thing):
+        if isinstance(thing, torch.Tensor):
+            array = thing.detach().cpu().contiguous().numpy()
+            return str, (str(array.dtype), array.shape, array.tobytes())
+        if isinstance(thing, nn.Module):                   # a set has no order to rely on
+            state = {key: sorted(value) if isinstance(value, set) else value
+                     for key, value in vars(thing).items()}
+            return type(thing), (state,)
+        if isinstance(thing, Path):                        # a file that somebody's function reads
+            return str, (thing.read_bytes(),)
+        if isinstance(thing, (type, FunctionType)) and thing.__module__ != "builtins":
+            self.modules.add(thing.__module__)
+            code = getattr(thing, "__code__", None)
+            values = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+            values += [getattr(thing, "__defaults__", None), getattr(thing, "__kwdefaults__", None)]
+            if thing.__name__ == "<lambda>":               # its file may have several
+                values += [code.co_code, repr(code.co_consts)]
+            return str, (thing.__qualname__, values)
+        return NotImplemented
+
+
+def hashes(inputs):
+    """{input or file: hash} of a result's inputs and of the files that their code is in."""
+    found, modules = {}, set()
+    for key, value in inputs.items():
+        seen = Inputs()
+        seen.dump(value)
+        found[key] = seen.hash.hexdigest()
+        modules |= seen.modules
+    return found | files_of(modules)
+
+
+def difference(path, parts):
+    """What has changed since a result was kept, as a text; None if nothing, "" if there is none."""
+    if not path.exists():
+        return ""
+    try:
+        old = unet.read(path)["parts"]
+        changed = [key for key in parts | old if parts.get(key) != old.get(key)]
+    except (BadInput, KeyError, TypeError):
+        return f" again, {path} is damaged"
+    return f" again, {', '.join(changed[:4])} changed" if changed else None
+
+
+def cached(c, name, make, *, shared=False, resumed=False, **inputs):
     """make(**inputs, report=...), a dict, or what that gave before, if nothing has changed since.
 
-    It is kept in the run's folder as name.pt, together with hashes of all inputs and of all code
-    that went into it. Says what it keeps, and what has changed where it makes something again.
+    It is kept in the run's folder as name.pt, with the hashes. Says what it keeps, and what has
+    changed where it makes something again. Under torchrun the first process makes it and the
+    others wait, unless the work is shared. One that is resumed is given a file, `unfinished`.
     """
     path = c.run / f"{name}.pt"
-    code = dict(sorted(code_of(make, inputs).items()))
-    parts = {key: digest(value) for key, value in inputs.items()} | code | dict(device=DEVICE)
-    why = ""
-    if path.exists():
-        try:
-            made = unet.read(path)
-            old = made["parts"]
-            changed = [key for key in parts | old if old.get(key) != parts.get(key)]
-        except (ValueError, KeyError, TypeError):
-            changed = [f"the file {path} is damaged"]
-        if not changed:
-            print(f"{name}: kept")
-            return made
-        why = " again, changed: " + ", ".join(changed[:4]) + " ..." * (len(changed) > 4)
+    parts = hashes(dict(function=make) | inputs) | dict(device=DEVICE)
+    why = difference(path, parts)
+    all_here()                                             # nobody looks at the old file any more
+    if why is None:
+        print(f"{name}: kept")
+        return unet.read(path)
     print(f"{name}: made{why}", flush=True)
-    le.summed(torch.zeros(1, device=DEVICE))               # others may still look at the old file
-    if "partial" in inspect.signature(make).parameters:
-        inputs["partial"] = path.with_suffix(f".{digest(parts)[:8]}.partial")
+    if resumed:
+        key = sha256(repr(parts).encode()).hexdigest()
+        inputs["unfinished"] = path.with_suffix(f".{key[:8]}.unfinished")
     start = time.time()
-    made = make(**inputs, report=le.Progress(name))
+    if shared or RANK == 0:
+        made = make(**inputs, report=Progress(name))
     if RANK == 0:
-        save(path, made | dict(parts=parts, seconds=time.time() - start))
-        for unfinished in c.run.glob(f"{name}.*.partial"):
+        unet.save(path, made | dict(parts=parts, seconds=time.time() - start))
+        for unfinished in c.run.glob(f"{name}.*.unfinished"):
             unfinished.unlink()
-    le.summed(torch.zeros(1, device=DEVICE))               # others wait until it is there
-    return made
+    all_here()                                             # it is there
+    return unet.read(path)
 
 
 # -- Command line ----------------------------------------------------------------------------------
 
-def leaves(owner, prefix=""):
-    """(option, the dict that holds its value, its key there) for each value in nested dicts."""
-    for key, value in owner.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, owner, key
+def every_option():
+    """{option: (default, what it is)}: of DEFAULTS, of the sampler, of victims and protections."""
+    groups = [("", DEFAULTS, Path(__file__).read_text(encoding="utf-8")),
+              ("sampler.", asdict(Sampler()), inspect.getsource(Sampler))]
+    for name, victim in VICTIMS.items():
+        text = fit.__doc__ + (victim.scores_and_answers.__doc__ or "")
+        groups.append((f"{name}.", victim.training | victim.choice, text))
+    for name, protection in PROTECTIONS.items():
+        groups.append((f"noise.{name}.", protection.options(), protection.make.__doc__ or ""))
+    found = {}
+    for prefix, values, text in groups:
+        # a comment beside the default, or a line of the docstring that begins with the name
+        beside = re.findall(r'^ {4}"?([\w.]+)"?(?:: .*?  #|  +) *(\w.*)$', text, re.M)
+        found |= {prefix + key: (value, dict(beside).get(key, "")) for key, value in values.items()}
+    return found
 
 
-def merge(owner, changes):
-    """Set the values of nested dicts that other nested dicts name."""
-    for key, value in changes.items():
-        if isinstance(value, dict):
-            merge(owner.setdefault(key, {}), value)
-        else:
-            owner[key] = value
-
-
-def value_like(default, text):
+def value_of(option, default, text):
     """The text of an option as a value of its default's kind; 1,2 is (1, 2)."""
-    if isinstance(default, tuple):
-        kind = type(default[0]) if default else int
-        return tuple(kind(part) for part in text.split(",") if part)
-    return type(default)(text)
+    if isinstance(default, str):
+        return text
+    if isinstance(default, tuple) and isinstance((default or (0,))[0], str):
+        return tuple(filter(None, text.split(",")))
+    try:
+        value = ast.literal_eval(text or "()")
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, tuple) and isinstance(value, int):
+        value = (value,)
+    if isinstance(default, float) and isinstance(value, int):
+        value = float(value)
+    if type(value) is not (int if default is None else type(default)):
+        raise BadInput(f"--{option} {text}: expected a value such as {default}")
+    return value
 
 
-CHOICES = {"purifier": le.PURIFIERS, "contrast.view": VIEWS, "evaluate": ("validation", "test")}
+CHOICES = {"purifier": PURIFIERS, "victim": VICTIMS, "simclr.view": VIEWS,
+           "evaluate": ("validation", "test")}
 SHORTENED = ("protected", "unprotected", "validation", "test", "epochs", "steps", "rounds",
              "surrogates", "train_batches", "noise_steps", "warm_up", "batches")  # by --limit
 
 
 def parse(argv):
     """The stage, whether to download, and the configuration that the arguments ask for."""
-    parser = le.Parser(prog="train.py", description=__doc__, allow_abbrev=False,
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = every_option()
+    parser = Parser(prog="train.py", usage="train.py [all | ddpm] [--OPTION VALUE ...]",
+                    description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("all", "ddpm"), help="default all")
     parser.add_argument("--config", choices=CONFIGS, help="default: shapes or photographs")
     parser.add_argument("--download", action="store_true", help="first fetch what is missing")
-    for option, owner, key in leaves(DEFAULTS):
-        parser.add_argument(f"--{option}", dest=option, type=partial(value_like, owner[key]),
-                            metavar="", choices=CHOICES.get(option), help=f"default {owner[key]}")
+    for option, (default, what) in known.items():
+        parser.add_argument(f"--{option}", dest=option, metavar="", choices=CHOICES.get(option),
+                            help=f"{what} (default {default!r})".replace("%", "%%"))
     if not argv or argv[0].startswith("-"):
         argv = ["all", *argv]
-    options = vars(parser.parse_args(argv))
-    photographs = options["data"] not in (None, "shapes")
-    c = SimpleNamespace(**copy.deepcopy(DEFAULTS))
-    merge(vars(c), CONFIGS["photographs" if photographs else "shapes"])
-    merge(vars(c), CONFIGS[options["config"] or "shapes"])
-    for option, owner, key in leaves(vars(c)):
-        if options.get(option) is not None:
-            owner[key] = options[option]
-        if c.limit and key in SHORTENED and owner is not c.sampler:
-            owner[key] = min(owner[key], c.limit)
-    check(c)
-    parts = [Path(c.data).resolve().name, options["config"], f"limit{c.limit}" * bool(c.limit)]
+    given = vars(parser.parse_args(argv))
+    photographs = given["data"] not in (None, "shapes")
+    options = {option: default for option, (default, _) in known.items()}
+    options |= CONFIGS["photographs" if photographs else "shapes"]
+    options |= CONFIGS[given["config"] or "shapes"]
+    for option, (default, _) in known.items():
+        if given[option] is not None:
+            options[option] = value_of(option, default, given[option])
+    limit = options["limit"]
+    for option, value in options.items():
+        if limit and option.rpartition(".")[2] in SHORTENED and option != "sampler.steps":
+            options[option] = min(value, limit)
+    c = nested(options)
+    check(c, options)
+    parts = [Path(c.data).resolve().name, given["config"], f"limit{limit}" * bool(limit)]
     c.run = Path(c.out or "runs/" + "-".join(filter(None, parts)))
-    return options["stage"], options["download"], c
+    return given["stage"], given["download"], c
+
+
+def nested(options):
+    """The options as a namespace, those with a dot in dicts: c.seed, c.unet["width"]."""
+    c = {}
+    for option, value in options.items():
+        *groups, key = option.split(".")
+        owner = c
+        for group in groups:
+            owner = owner.setdefault(group, {})
+        owner[key] = value
+    return SimpleNamespace(**c)
 
 
 # Options that may be 0
@@ -798,16 +739,19 @@ ZERO = ("seed", "limit", "dropout", "tilt", "momentum", "warm_up", "pixel_weight
         "perceptual_weight", "perceptual_below")
 
 
-def check(c):
+def check(c, options):
     """Raise BadInput, naming the option, where a value makes no sense."""
-    for option, owner, key in leaves(vars(c)):
-        for value in owner[key] if isinstance(owner[key], tuple) else [owner[key]]:
-            small = isinstance(value, (str, bool)) or 0 < value < 2 ** 31
-            if not (small or value == 0 and key in ZERO):
-                raise BadInput(f"--{option} {value}: expected a number above 0, below 2 ** 31")
+    for option, value in options.items():
+        for number in value if isinstance(value, tuple) else [value]:
+            counts = isinstance(number, (int, float)) and not isinstance(number, bool)
+            zero = number == 0 and option.rpartition(".")[2] in ZERO
+            if counts and not (0 < number < 2 ** 31 or zero):
+                raise BadInput(f"--{option} {number}: expected a number above 0, below 2 ** 31")
     for option, fits, expected in (
             ("limit", c.limit != 1, "2 or more"), ("epsilon", 1 <= c.epsilon <= 255, "1 to 255"),
             ("ddpm.levels", c.ddpm["levels"] <= unet.T, f"at most {unet.T}"),
+            ("ddpm.batch_size", c.ddpm["batch_size"] % PROCESSES == 0,
+             f"a multiple of the {PROCESSES} processes"),
             # below 8, oneDNN (torch 2.13.0) errs in gradients of strides where AVX2 is the best
             ("resnet.widths", min(c.resnet["widths"], default=0) >= 8, "8 or more each"),
             ("root", c.root == DEFAULTS["root"] or c.data == "cifar10", "--data cifar10 beside it"),
@@ -826,9 +770,8 @@ def check(c):
                 x = torch.zeros(1, 3, c.size, c.size)
                 network()(x, 1) if option == "unet" else network()(x)
         except Exception as error:                         # whatever the values lead to
-            said = str(error).partition("\n")[0]
             raise BadInput(f"--{option}: no network for images of {c.size} pixels has these "
-                           f"settings ({said})") from None
+                           f"settings ({said(error)})") from None
 
 
 def claim(c):
@@ -836,20 +779,21 @@ def claim(c):
     c.run.mkdir(parents=True, exist_ok=True)
     owner = c.data if c.data in ("shapes", "cifar10") else str(Path(c.data).resolve())
     note = c.run / "data.txt"
-    if note.exists() and note.read_text() not in ("", owner):  # empty: another process is at it
-        raise BadInput(f"{c.run} belongs to --data {note.read_text()}; give another --out")
-    note.write_text(owner)
+    before = note.read_text(encoding="utf-8") if note.exists() else ""
+    if before not in ("", owner):                          # empty: another process is at it
+        raise BadInput(f"{c.run} belongs to --data {before}; give another --out")
+    note.write_text(owner, encoding="utf-8")
 
 
 def main(argv=None):
-    with le.one_line_errors("train.py"), le.processes():
+    with one_line_errors("train.py"), processes():
         stage, wanted, c = parse(sys.argv[1:] if argv is None else argv)
         if wanted and RANK == 0:
-            le.download(CIFAR10, c.root if c.data == "cifar10" else "")
-            le.download(perceptual.VGG16, c.vgg_weights)
-            le.download(perceptual.LPIPS, c.lpips)
-        text = " ".join(f"{option}={owner[key]}".replace(" ", "")
-                        for option, owner, key in leaves(vars(c)))
+            download(CIFAR10, c.root if c.data == "cifar10" else "")
+            download(perceptual.VGG16, c.vgg_weights)
+            download(perceptual.LPIPS, c.lpips)
+        all_here()
+        text = " ".join(f"{option}={value}" for option, value in vars(c).items())
         print(textwrap.fill(f"{text} device={DEVICE}", 100, break_on_hyphens=False))
         story(c, stage)
 

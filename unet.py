@@ -1,19 +1,26 @@
 """Denoising diffusion (Ho et al. 2020, "DDPM", arXiv 2006.11239): forward, reverse, U-Net.
 
-Reading order: schedule -> q_sample -> ddpm_loss -> UNet -> p_sample -> sample -> save / load.
+Reading order: schedule -> q_sample -> ddpm_loss -> UNet -> train_unet -> p_sample -> sample. What
+the other files need as well, devices and checkpoints, is at the end.
 Images in this file are in [-1, 1], (B, 3, H, W); t counts the noise levels 1..T, 0 is no noise.
 """
+import copy
 import math
 import os
+import time
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-class BadInput(ValueError):
-    """Something that a user gave cannot be used; the message, one line, says what was expected."""
+DEVICE = ("cuda" if torch.cuda.is_available() else
+          "mps" if torch.backends.mps.is_available() else "cpu")
+RANK = int(os.environ.get("RANK", 0))                      # which of the processes of torchrun
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))           # this one is, and how many there are
 
 
 # -- The forward process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps ------------------
@@ -173,17 +180,18 @@ class UNet(nn.Module):
 
     H and W must be multiples of patch * 2 ** (len(mults) - 1). The defaults are the paper's
     CIFAR-10 network (35.7 M parameters). `patch` > 1 folds patch x patch pixels into channels
-    first, which makes everything after it patch**2 times cheaper.
+    first, which makes everything after it patch**2 times cheaper. It has learned, or will, the
+    noise levels 1..max_level.
     """
 
     def __init__(self, width=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
-                 patch=1, size=32):
+                 patch=1, size=32, max_level=T):
         super().__init__()
-        self.config = dict(width=width, mults=tuple(mults), blocks=blocks,
+        self.config = dict(width=width, mults=tuple(mults), blocks=blocks, max_level=max_level,
                            attention=tuple(attention), dropout=dropout, patch=patch, size=size)
         self.width, self.patch = width, patch
         self.multiple = patch * 2 ** (len(mults) - 1)
-        self.max_level = T                                 # noise levels learned: 1..max_level
+        self.max_level = range(T + 1)[max_level]
         c_time = 4 * width
         widths = [m * width for m in mults]
         attends = [size // patch // 2 ** i in attention for i in range(len(mults))]
@@ -244,6 +252,59 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch)
 
 
+# -- Training --------------------------------------------------------------------------------------
+
+def train_unet(net, images, *, levels, tilt, steps, batch_size, lr, ema_decay, seed, report,
+               unfinished, checkpoint_seconds=30):
+    """Train by Ho et al. 2020, Algorithm 1, on images (N, 3, H, W) in [0, 1]; a checkpoint.
+
+    They draw noise levels evenly (tilt 0). Errors of x0 grow with the noise, so at tilt 1 a level
+    of 1..levels is drawn in proportion to its standard deviation: as good an x0 in half the steps.
+
+    The weights are an exponential moving average. Learning rates warm up over 100 steps and fall
+    along a half cosine. Every step draws from its own seed, so a run resumed from `unfinished`, a
+    file written every `checkpoint_seconds`, ends where an uninterrupted one does; and processes
+    share every batch, so their number does not matter.
+    """
+    images = images.to(DEVICE)
+    likely = (1 - ALPHA_BAR[1:levels + 1]) ** (tilt / 2)
+    trained = net.train().requires_grad_(True)
+    if PROCESSES > 1:                                      # it leaves the mean of all gradients
+        trained = torch.nn.parallel.DistributedDataParallel(net)
+    average = copy.deepcopy(net)
+    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    parts, start, written = dict(net=net, average=average, optimizer=optimizer), 0, time.time()
+    if unfinished.exists():
+        saved = read(unfinished)
+        start = saved.pop("step")
+        for name, state in saved.items():
+            parts[name].load_state_dict(state)
+    for step in range(start, steps):
+        torch.manual_seed(seed_of(seed, step))
+        warm_up = min(1, (step + 1) / 100)
+        optimizer.param_groups[0]["lr"] = lr * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
+        x0 = images[torch.randint(len(images), (batch_size,))] * 2 - 1
+        flipped = torch.rand(batch_size, 1, 1, 1) < 0.5
+        x0 = torch.where(flipped.to(DEVICE), x0.flip(3), x0)
+        t = 1 + torch.multinomial(likely, batch_size, replacement=True).to(DEVICE)
+        x0, eps = on_device(x0), on_device(torch.randn_like(x0))
+        mine = slice(RANK, None, PROCESSES)
+        with mixed_precision(DEVICE):
+            loss = ddpm_loss(trained, x0[mine], t[mine], eps[mine])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(ema_decay, (1 + step) / (10 + step))   # not an average with its own start
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+        report(step + 1, steps, loss=loss.detach())
+        if RANK == 0 and time.time() - written > checkpoint_seconds:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save(unfinished, states | dict(step=step + 1))
+            written = time.time()
+    return dict(config=net.config | dict(max_level=levels), weights=average.state_dict())
+
+
 # -- The reverse process ---------------------------------------------------------------------------
 
 def visited_levels(t_star, steps):
@@ -270,19 +331,51 @@ def sample(net, xt, steps=T, t_star=T, stride=posterior):
     return xt
 
 
+# -- Devices and seeds -----------------------------------------------------------------------------
+
+def on_device(images_or_net):
+    """Images or a network on the device, laid out the way convolutions like them."""
+    return images_or_net.to(DEVICE, memory_format=torch.channels_last)
+
+
+def mixed_precision(device):
+    """Within, networks on CUDA compute in bfloat16 where that is safe, many times as fast."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+
+def seed_of(seed, place):
+    """A seed for what stands at a place, whoever else is at work, when and where."""
+    return seed * 1_000_003 + place
+
+
 # -- Checkpoints describe themselves: {"config": the constructor's arguments, "weights": state dict}
 
-def save(path, checkpoint):
-    """Write a checkpoint so that a reader sees the old file or the whole new one, never half."""
-    partial = f"{path}.{os.getpid()}.tmp"
+class BadInput(ValueError):
+    """Something that a user gave cannot be used; the message, one line, says what was expected."""
+
+
+def said(error):
+    """What an exception says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def whole(path):
+    """Within, a path to write to, so that a reader sees the old file or the whole new one."""
+    partial = Path(path).with_name(f"{uuid4().hex}.tmp")
     try:
-        torch.save(checkpoint, partial)
+        yield partial
         os.replace(partial, path)
-    except RuntimeError as error:                          # torch's word for a full disk
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+    except (OSError, RuntimeError) as error:               # torch's word for a full disk
+        raise OSError(f"{path}: cannot be written ({said(error)})") from None
     finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+        partial.unlink(missing_ok=True)
+
+
+def save(path, checkpoint):
+    with whole(path) as partial:
+        torch.save(checkpoint, partial)
 
 
 def read(path):
@@ -296,17 +389,15 @@ def read(path):
         raise
     except Exception as error:                             # torch raises several kinds
         raise BadInput(f"{path}: not a whole file of tensors written by torch.save "
-                         f"({type(error).__name__})") from None
+                       f"({type(error).__name__})") from None
 
 
 def fit_weights(path, net, weights):
     """Load a state dict. Raises BadInput naming the first key that does not fit."""
-    if not isinstance(weights, dict):
-        raise BadInput(f"{path}: holds no weights")
     needed = net.state_dict()
     for name in [*needed, *weights]:
-        has = list(getattr(weights.get(name), "shape", ["nothing"]))
-        needs = list(getattr(needed.get(name), "shape", ["nothing"]))
+        has, needs = [list(state[name].shape) if isinstance(state.get(name), torch.Tensor)
+                      else "nothing" for state in (weights, needed)]
         if has != needs:
             raise BadInput(f"{path}: {name} is {has}, expected {needs}")
         if not weights[name].isfinite().all():
@@ -314,17 +405,28 @@ def fit_weights(path, net, weights):
     net.load_state_dict(weights)
 
 
+def unfilled(path, architecture):
+    """The network that a checkpoint describes, its own weights to come, and these weights.
+
+    Bare weights, as others release them, are those of the architecture's defaults.
+    """
+    checkpoint = read(path)
+    if not isinstance(checkpoint, dict) or "weights" not in checkpoint:
+        checkpoint = dict(config={}, weights=checkpoint)
+    weights = checkpoint["weights"]
+    if not isinstance(weights, dict):
+        raise BadInput(f"{path}: holds a {type(weights).__name__}, expected a state dict")
+    try:
+        net = architecture(**checkpoint["config"])
+    except Exception as error:                             # whatever a stranger's values lead to
+        raise BadInput(f"{path}: not the configuration of a {architecture.__name__} "
+                       f"({said(error)})") from None
+    return net, weights
+
+
 def load(path):
     """The U-Net in a checkpoint of `train.py`, or in google/ddpm-cifar10-32
     (diffusion_pytorch_model.bin). Raises BadInput, naming the first key that differs, if not."""
-    checkpoint = read(path)
-    if not isinstance(checkpoint, dict):
-        raise BadInput(f"{path}: holds a {type(checkpoint).__name__}, expected a U-Net's weights")
-    try:
-        net = UNet(**checkpoint.get("config", {}))         # the released one has the defaults
-        net.max_level = range(T + 1)[checkpoint.get("max_level", T)]
-    except Exception as error:                             # whatever a stranger's values lead to
-        said = str(error).partition("\n")[0]
-        raise BadInput(f"{path}: not the configuration of a U-Net ({said})") from None
-    fit_weights(path, net, checkpoint.get("weights", checkpoint))
+    net, weights = unfilled(path, UNet)
+    fit_weights(path, net, weights)
     return net.eval().requires_grad_(False)

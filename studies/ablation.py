@@ -20,10 +20,10 @@ import attacks
 import le
 import train
 import unet
-from le import as_bytes, as_float, on_device
+from le import as_bytes, as_float
+from unet import on_device
 from studies.drawing import grid, plot
-from studies.run import (chosen, first_of_each, networks, opened, parser_of, repaired, slug,
-                         spread)
+from studies.run import chosen, networks, opened, parser_of, repaired, slug, spread
 
 
 # -- What needs no network -------------------------------------------------------------------------
@@ -40,7 +40,8 @@ def by_pillow(change, images):
     """The images after a function of a Pillow image."""
     arrays = as_bytes(images).permute(0, 2, 3, 1).numpy()
     made = [change(Image.fromarray(pixels)) for pixels in arrays]
-    return as_float(torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2))
+    made = torch.from_numpy(np.stack(made))
+    return as_float(made.permute(0, 3, 1, 2))
 
 
 def compressed(image, quality=10):
@@ -75,18 +76,14 @@ SIMPLE = {"none": none, "grayscale": grayscale, "JPEG 10": jpeg, "median 3x3": m
 def deterministic(net, distance, images, sampler, seeds, report):
     """A purifier without guidance, by DDIM's strides: its only noise is that of the diffusion."""
     noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-    eps = torch.stack([torch.randn(images.shape[1:], generator=noise) for noise in noises])
+    shape = images.shape[1:]
+    eps = torch.stack([torch.randn(shape, generator=noise) for noise in noises])
     xt, x0 = unet.q_sample(2 * images - 1, sampler.t_star, eps), []
     for part in xt.split(le.BATCH):
         made = unet.sample(net, on_device(part), sampler.steps, sampler.t_star, unet.ddim)
         x0.append(made.cpu())
         report(min(le.BATCH * len(x0), len(xt)), len(xt))
     return (torch.cat(x0) / 2 + 0.5).clamp(0, 1)
-
-
-def purified_by_ddim(purifier, **inputs):
-    """`train.purified`, by a function of this file, so that the cache sees its code."""
-    return train.purified(deterministic, **inputs)
 
 
 def weighted(sampler, factor):
@@ -132,8 +129,8 @@ def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):
     if sampler is None:
         made, evaluations = SIMPLE[label](ue, le.Sampler(**c.sampler)), 0
     else:
-        make = purified_by_ddim if label == "unguided, DDIM" else train.purified
-        made = repaired(c, key, net, distance, ue, sampler, make)
+        purifier = deterministic if label == "unguided, DDIM" else le.purify
+        made = repaired(c, key, net, distance, ue, sampler, purifier)
         evaluations = sampler.rounds * sampler.steps
     accuracies = spread(c, train.PROTECTIONS[name].victim, key, made, sets)
     lost = clean - accuracies if lost is None else lost    # the first row: nothing is done
@@ -151,7 +148,7 @@ def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):
 def ablate(c, sets, name, only):
     """The rows of the table for a protection; writes the picture of each question."""
     originals, labels = sets["protected"]
-    places, kind = first_of_each(labels, 6), train.PROTECTIONS[name].victim
+    places, kind = train.first_of_each(labels, 6), train.PROTECTIONS[name].victim
     ue = train.protect(c, name, sets)
     asked = questions(le.Sampler(**c.sampler))
     every = {label: sampler for part in asked.values() for label, sampler in part.items()}
@@ -192,7 +189,7 @@ def trade_off(result, path):
                "joint, weights x 2", "joint, weights x 4"]
     series = [("joint, by weight", [points[label] for label in weights if label in points])]
     series += [("", [point]) for label, point in points.items() if label not in weights]
-    low = min(y for _, part in series for _, y, *_ in part)
+    low = min(r["accuracy"] for r in by_name.values())
     title = "accuracy, %: more weight makes truer images, and in the end protected ones again"
     plot(series, "PSNR to the original, dB", title, (low - 2, 100)).save(path)
 
@@ -208,7 +205,7 @@ def main(argv=None):
         print(f"\n{name}, clean {result['clean']:.1f}\n\n{table(result)}")
         if not options.only:
             path = c.run / f"ablation-{name}.json"
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             trade_off(result, path.with_suffix(".png"))
 
 

@@ -1,8 +1,6 @@
 """Arrays of images, of any size and in files: .npy and .npz (uint8, N x H x W x 3; an .npz's images
 are under `data`, its other arrays are copied), .pt (a tensor N x 3 x H x W, uint8 or in [0, 1])."""
 import io
-import os
-import tempfile
 import time
 from dataclasses import replace
 
@@ -12,7 +10,7 @@ import torch
 import le
 import unet
 from le import BATCH, BadInput, Progress, as_bytes, as_float, seed_of
-from train import digest
+from train import hashes
 
 # -- Images of any size ----------------------------------------------------------------------------
 
@@ -62,21 +60,6 @@ def purify_any(net, distance, images, sampler, seeds, tile=128, overlap=16):
 ARRAYS = (".npy", ".npz", ".pt")
 
 
-def write(path, content):
-    """Write bytes so that a reader sees the old file or the whole new one, and leave no half."""
-    handle, partial = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from None
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
-
-
 def read_array(path):
     """Images (N, 3, H, W) in [0, 1] in a file, and the other arrays of an .npz.
 
@@ -117,7 +100,8 @@ def write_array(path, images, others):
         np.savez(content, data=data.permute(0, 2, 3, 1).numpy(), **others)
     else:
         np.save(content, data.permute(0, 2, 3, 1).numpy())
-    write(path, content.getvalue())
+    with unet.whole(path) as partial:
+        partial.write_bytes(content.getvalue())
 
 
 def purify_array(source, out, clean, seed, settings, save_every=30):
@@ -126,7 +110,8 @@ def purify_array(source, out, clean, seed, settings, save_every=30):
     What an interrupted run had done is in a file whose name belongs to its input and settings.
     """
     images, others = read_array(source)
-    partial = out.with_name(f"{out.name}.{digest([digest(images), seed, settings])[:8]}.partial")
+    key = hashes(dict(made=[images, seed, settings]))["made"]
+    partial = out.with_name(f"{out.name}.{key[:8]}.partial")
     done = unet.read(partial) if partial.exists() else images[:0]
     written, report = time.time(), Progress("purify")
     for i in range(len(done), len(images), BATCH):

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import le
 import train
-from attacks import PROTECTIONS
-from le import DEVICE, Sampler, on_device
+from attacks import PROTECTIONS, fit
+from le import DEVICE, Sampler
+from unet import on_device
 from studies.run import networks, opened, parser_of
 
 
@@ -57,18 +58,19 @@ def loops_of(c, sets, count=512):
     """{what: (a function, how many images it handles)}."""
     net, distance = networks(c, sets, perceptual=True)
     images, labels = [part[:count] for part in sets["protected"]]
+    count = len(images)
     x, y = on_device(images), labels.to(DEVICE)
-    classifier = train.victim_of(c, "classifier", sets)
-    simclr = train.victim_of(c, "simclr", sets)
+    classifier = train.victim_in(c, "classifier", sets)
+    simclr = train.victim_in(c, "simclr", sets)
     ours = Sampler(**c.sampler)
     longest = le.SAMPLERS["released"]
     shorter = replace(longest, t_star=20, steps=20)
     few = images[:64]
     noise = dict(rounds=1, train_batches=1, batch_size=128)
     once = dict(epochs=1, batch_size=128, lr=0.01, seed=0, report=silent)
-    fresh = train.new_network(train.UNet, net.config, 0)
+    fresh = on_device(train.UNet(**net.config))
     short = c.ddpm | dict(steps=count // c.ddpm["batch_size"], seed=0, report=silent,
-                          partial=c.run / "bench.partial")
+                          unfinished=c.run / "bench.unfinished")
     em = PROTECTIONS["em-sample"].make
     cp = PROTECTIONS["cp-sample"].make
     return {
@@ -80,8 +82,8 @@ def loops_of(c, sets, count=512):
         "U-Net training": (partial(train.train_unet, fresh, images, **short), count),
         "error-minimizing noise": (partial(em, x, y, classifier, **noise), count),
         "contrastive noise": (partial(cp, x, y, simclr, **noise), count),
-        "classifier training": (partial(train.fit, classifier, images, labels, **once), count),
-        "SimCLR training": (partial(train.fit, simclr, images, labels, **once), count)}
+        "classifier training": (partial(fit, classifier, x, labels, **once), count),
+        "SimCLR training": (partial(fit, simclr, x, labels, **once), count)}
 
 
 def operations_of(loop):

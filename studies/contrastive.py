@@ -1,18 +1,13 @@
 """Why contrastive noise is hard to make: `python -m studies.scenarios code`, or `longer`."""
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 import train
-from attacks import VIEWS, Victim, partner_scores
-from studies.run import judged, shown, slug, spread
-
-
-def coded_view(x, generator, view):
-    """The view of an image; a code that it carries in three more channels is added after it."""
-    seen = view(x[:, :3], generator)
-    height, width = seen.shape[2:]
-    return seen + x[:, 3:, :height, :width] if x.shape[1] > 3 else seen
+from attacks import VIEWS
+from studies.opponents import coded_view
+from studies.run import judged, shown, slug, spread, training_of
 
 
 def class_codes(classes, size, epsilon, seed):
@@ -21,11 +16,6 @@ def class_codes(classes, size, epsilon, seed):
     signs = torch.randint(0, 2, (classes, 3, size // 4, size // 4), generator=generator)
     blocks = epsilon * (2 * signs - 1)
     return blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
-
-
-def fit_coded(victim, **how):
-    """`train.fit`, by a function of this file, so that the cache sees its code."""
-    return train.fit(victim, **how)
 
 
 def code(c, sets, count):
@@ -41,16 +31,15 @@ def code(c, sets, count):
         "clean": images,
         "code before": images + codes,
         "code after": torch.cat([images, codes], 1)}
-    network = partial(train.new_network, train.SimCLR, c.resnet | dict(classes=classes))
+    simclr = train.victim_in(c, "simclr", sets)
     rows = []
     for name, view in VIEWS.items():
-        scores = partial(partner_scores, view=partial(coded_view, view=view),
-                         temperature=c.contrast["temperature"])
-        victim = Victim(network, scores)
+        victim = replace(simclr, choice=simclr.choice | dict(view=partial(coded_view, view=view)))
         row = {"views": name}
         for what, x in published.items():
             key = f"code-{name}-{slug(what)}"
-            row[what] = shown(judged(c, key, fit_coded, victim, c.simclr, x, sets, count))
+            accuracies = judged(c, key, victim, training_of(c, "simclr"), x, sets, count)
+            row[what] = shown(accuracies)
         rows.append(row)
     return rows
 

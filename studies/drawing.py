@@ -1,4 +1,8 @@
-"""Pictures of images in rows, and plots, by Pillow."""
+"""Pictures of images in rows, and plots, by Pillow.
+
+`grid` puts images beside one another, `plot` joins points by lines, and `plot_columns` and
+`plot_rows` draw a table of accuracies, such as a scenario's, in one of two ways.
+"""
 import re
 from dataclasses import dataclass
 
@@ -32,8 +36,9 @@ def grid(path, rows, titles=(), zoom=2, margin=130, gap=4):
         top = header + gap + i * down
         draw.text((6, top + height // 2 - 6), text, fill="black")
         for j, image in enumerate(images):
-            pixels = as_bytes(image).permute(1, 2, 0).numpy()
-            picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            pixels = as_bytes(image).permute(1, 2, 0)
+            picture = Image.fromarray(pixels.numpy())
+            picture = picture.resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (margin + j * across, top))
     canvas.save(path)
 
@@ -79,7 +84,16 @@ def draw_axes(draw, axes, marks):
 
 def overlap(a, b):
     """Do two boxes (left, top, right, bottom) share a pixel?"""
-    return (a[:2] < b[2:]).all() and (b[:2] < a[2:]).all()
+    begins = (a[:2] < b[2:]).all()
+    ends = (b[:2] < a[2:]).all()
+    return begins and ends
+
+
+def draw_dot(draw, x, y, radius, colour):
+    """A filled circle around the pixel (x, y)."""
+    corner = x - radius, y - radius
+    opposite = x + radius, y + radius
+    draw.ellipse((*corner, *opposite), fill=colour)
 
 
 def draw_point(draw, axes, point, colour, taken):
@@ -89,8 +103,10 @@ def draw_point(draw, axes, point, colour, taken):
     bottom = axes.place(x, y - spread)
     draw.line((*bottom, *top), fill=colour)
     x, y = axes.place(x, y)
-    draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-    box = np.array([x + 7, y - 6, x + 7 + draw.textlength(text), y + 6])
+    draw_dot(draw, x, y, 3, colour)
+    left = x + 7
+    right = left + draw.textlength(text)
+    box = np.array([left, y - 6, right, y + 6])
     while text and any(overlap(box, other) for other in taken):
         box += (0, 12, 0, 12)                              # below the text that is there already
     taken.append(box)
@@ -101,13 +117,21 @@ def plot(series, x_label, y_label, y_range, marks=None, size=(900, 520)):
     """A picture of series (name, [(x, y, spread of y, text), ...]), their points joined by lines.
     Marks of the x axis are {x: text}, by default round numbers."""
     canvas, draw = blank(*size)
-    left, right = 50, size[0] - 190
-    top, bottom = 30, size[1] - 50
-    xs = [x for _, points in series for x, *_ in points]
-    x_range = min(xs), max(max(xs), min(xs) + 1e-9)
-    axes = Axes(x_range, y_range, (left, right), (bottom, top))
-    draw_axes(draw, axes, marks or {x: f"{x:.4g}" for x in round_steps(*x_range)})
-    draw.text((left, size[1] - 20), x_label, fill="black")
+    width, height = size
+    left = 50
+    right = width - 190                                    # beside it are the names
+    top = 30
+    bottom = height - 50
+    xs = []
+    for _, points in series:
+        xs += [x for x, *_ in points]
+    low = min(xs)
+    high = max(max(xs), low + 1e-9)
+    axes = Axes((low, high), y_range, (left, right), (bottom, top))
+    if marks is None:
+        marks = {x: f"{x:.4g}" for x in round_steps(low, high)}
+    draw_axes(draw, axes, marks)
+    draw.text((left, height - 20), x_label, fill="black")
     draw.text((6, 6), y_label, fill="black")
     taken = []
     for i, (name, points) in enumerate(series):
@@ -136,35 +160,54 @@ def plot_columns(rows, title, size=(900, 520)):
     first, columns = with_accuracies(rows)
     series = []
     for column in columns:
-        found = [(i, accuracy_in(row[column])) for i, row in enumerate(rows)]
-        series.append((column, [(i, *accuracy, "") for i, accuracy in found if accuracy]))
+        points = []
+        for i, row in enumerate(rows):
+            if found := accuracy_in(row[column]):
+                points.append((i, *found, ""))
+        series.append((column, points))
     marks = {i: str(row[first]) for i, row in enumerate(rows)}
     return plot(series, first, title, (0, 100), marks, size)
 
 
-def plot_rows(rows, title, left=180, right=720):
-    """The same where rows have names: a line of dots for each row, in a colour for each column."""
-    first, columns = with_accuracies(rows)
-    canvas, draw = blank(right + 180, 60 + 24 * max(len(rows), len(columns)))
-    axes = Axes((0, 100), (0, len(rows)), (left, right), (50, 50 + 24 * len(rows)))
-    draw.text((6, 6), title, fill="black")
+def draw_row_axes(draw, axes, rows, names, right):
+    """A line at each fifth of 100 %, and what each row and each colour is."""
     for accuracy in range(0, 101, 20):
         x, _ = axes.place(accuracy, 0)
-        draw.line((x, 40, x, canvas.height - 10), fill=LINES)
+        draw.line((x, 40, x, 60 + 24 * len(rows)), fill=LINES)
         draw.text((x - 6, 24), str(accuracy), fill="black")
     for i, row in enumerate(rows):
-        draw.text((6, 44 + 24 * i), str(row[first]), fill="black")
+        name = next(iter(row.values()))
+        draw.text((6, 44 + 24 * i), str(name), fill="black")
+    for j, name in enumerate(names):
+        colour = COLOURS[j % len(COLOURS)]
+        draw.text((right + 30, 44 + 24 * j), name, fill=colour)
+
+
+def draw_accuracy(draw, axes, place, accuracy, colour):
+    """A dot for the mean, and a line for the spread."""
+    mean, spread = accuracy
+    x, y = axes.place(mean, place)
+    low, _ = axes.place(mean - spread, place)
+    high, _ = axes.place(mean + spread, place)
+    draw.line((low, y, high, y), fill=colour, width=2)
+    draw_dot(draw, x, y, 4, colour)
+
+
+def plot_rows(rows, title, left=180, right=720):
+    """The same where rows have names: a line of dots for each row, in a colour for each column."""
+    _, columns = with_accuracies(rows)
+    most = max(len(rows), len(columns))
+    canvas, draw = blank(right + 180, 60 + 24 * most)
+    bottom = 50 + 24 * len(rows)
+    axes = Axes((0, 100), (0, len(rows)), (left, right), (50, bottom))
+    draw.text((6, 6), title, fill="black")
+    draw_row_axes(draw, axes, rows, columns, right)
     for j, column in enumerate(columns):
         colour = COLOURS[j % len(COLOURS)]
-        draw.text((right + 30, 44 + 24 * j), column, fill=colour)
         for i, row in enumerate(rows):
-            if found := accuracy_in(row[column]):
-                mean, spread = found
-                x, y = axes.place(mean, i)
-                low, _ = axes.place(mean - spread, i)
-                high, _ = axes.place(mean + spread, i)
-                draw.line((low, y, high, y), fill=colour, width=2)
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+            found = accuracy_in(row[column])
+            if found:
+                draw_accuracy(draw, axes, i, found, colour)
     return canvas
 
 

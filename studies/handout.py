@@ -24,20 +24,27 @@ ASSIGNMENTS = {
     10: ("unet.py", "ddim")}
 
 
-def body_of(source, name):
-    """(first, last) line of what follows the docstring of a function, counted from 0, and its
-    indentation."""
+def function_in(source, name):
+    """The syntax of a function or method."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            return node.body[1].lineno - 1, node.end_lineno, node.body[1].col_offset
+            return node
     raise BadInput(f"{name}: no such function")
 
 
 def with_body(source, name, lines):
-    """The source, where the function's body is these lines."""
-    first, last, _ = body_of(source, name)
+    """The source, where what follows the function's signature is these lines."""
+    body = function_in(source, name).body
     kept = source.splitlines(keepends=True)
-    return "".join(kept[:first] + lines + kept[last:])
+    return "".join(kept[:body[0].lineno - 1] + lines + kept[body[-1].end_lineno:])
+
+
+def body_of(source, name):
+    """The lines of a function's docstring, and those of what follows it."""
+    first, *others = function_in(source, name).body
+    lines = source.splitlines(keepends=True)
+    docstring = lines[first.lineno - 1:first.end_lineno]
+    return docstring, lines[first.end_lineno:others[-1].end_lineno]
 
 
 def hand_out(numbers, out):
@@ -48,20 +55,20 @@ def hand_out(numbers, out):
     shutil.copytree(HERE, out, ignore=left_out)
     for number in numbers:
         file, name = ASSIGNMENTS[number]
-        source = (out / file).read_text()
-        indent = " " * body_of(source, name)[2]
-        missing = f"{indent}raise NotImplementedError\n"
-        (out / file).write_text(with_body(source, name, [missing]))
+        source = (out / file).read_text(encoding="utf-8")
+        docstring, body = body_of(source, name)
+        indent = docstring[0][:-len(docstring[0].lstrip())]
+        lines = [*docstring, f"{indent}raise NotImplementedError\n"]
+        (out / file).write_text(with_body(source, name, lines), encoding="utf-8")
 
 
 def solve(numbers, out):
-    """Put the bodies of these assignments back into a copy."""
+    """Put the bodies of these assignments back into a copy, with their docstrings."""
     for number in numbers:
         file, name = ASSIGNMENTS[number]
-        whole = (HERE / file).read_text()
-        first, last, _ = body_of(whole, name)
-        solution = whole.splitlines(keepends=True)[first:last]
-        (out / file).write_text(with_body((out / file).read_text(), name, solution))
+        docstring, body = body_of((HERE / file).read_text(encoding="utf-8"), name)
+        source = (out / file).read_text(encoding="utf-8")
+        (out / file).write_text(with_body(source, name, docstring + body), encoding="utf-8")
 
 
 def main(argv=None):

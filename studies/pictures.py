@@ -22,10 +22,10 @@ import le
 import train
 import unet
 from attacks import PROTECTIONS
-from le import on_device
+from unet import on_device
 from studies.drawing import beside, grid, plot, plot_columns
 from studies.protections import register
-from studies.run import first_of_each, networks, opened, parser_of, trained, versions
+from studies.run import network_of, networks, opened, parser_of, versions
 
 
 def against(c, kind):
@@ -46,17 +46,13 @@ def versions_of(c, sets, names):
 
 def overview(c, sets, classes, path):
     """One class a column; each protection that --protections names."""
-    originals, labels = sets["protected"]
-    places = first_of_each(labels)
-    x = originals[places]
-    rows = [("original", x)]
+    images = {}
     for name in c.protections:
         found = versions(c, name, sets)
-        ue = found["UE"][places]
-        rows.append((f"{name} UE", ue))
-        rows.append(("its noise x16", 0.5 + 16 * (ue - x)))
-        rows.append((f"{name} LE", found["LE"][places]))
-    grid(path, rows, [str(classes[labels[i]])[:10] for i in places])
+        images[name] = found["UE"], found["LE"]
+    labels = sets["protected"][1]
+    titles = [str(classes[labels[i]])[:10] for i in train.first_of_each(labels)]
+    grid(path, train.side_by_side(sets, images), titles)
 
 
 def forward(c, sets, classes, path, levels=(0, 10, 36, 100, 300, 1000)):
@@ -111,8 +107,7 @@ def curves(c, sets, classes, path):
 def draw_curves(c, sets, kind, path, title):
     series = []
     for name, images in versions_of(c, sets, against(c, kind)).items():
-        train.train_victim(c, kind, name, images, sets)
-        losses = unet.read(c.run / f"{kind}-{name}.pt")["losses"]
+        _, losses = train.trained(c, kind, name, images, sets)
         series.append((name, [(i, loss, 0, "") for i, loss in enumerate(losses, 1)]))
     if series:
         values = [loss for _, points in series for _, loss, *_ in points]
@@ -129,7 +124,7 @@ def confusion(c, sets, classes, path):
     matrices = {}
     names = against(c, "classifier")[:1]
     for name, version in versions_of(c, sets, names).items():
-        net = trained(c, "classifier", name, version, sets)
+        net = network_of(c, "classifier", name, version, sets)
         answers = train.in_parts(net, images).argmax(1)
         counts = (n * labels + answers).bincount(minlength=n * n).view(n, n)
         share = counts / counts.sum(1, keepdim=True).clamp_min(1)
@@ -150,11 +145,11 @@ def neighbours(c, sets, classes, path, count=4):
     """Of three test images: `count` neighbours each, by an encoder of clean images, UEs and LEs."""
     known, _ = sets["unprotected"]
     test, labels = sets[c.evaluate]
-    asked = test[first_of_each(labels, 3)]
+    asked = test[train.first_of_each(labels, 3)]
     rows = []
     names = against(c, "simclr")[:1]
     for name, version in versions_of(c, sets, names).items():
-        encoder = trained(c, "simclr", name, version, sets).encoder
+        encoder = network_of(c, "simclr", name, version, sets)
         cosines = directions(encoder, asked) @ directions(encoder, known).T
         row = []
         for image, nearest in zip(asked, cosines.topk(count).indices):
@@ -176,7 +171,8 @@ def scenarios(c, sets, classes, path):
     for name, title in QUESTIONS.items():
         answer = c.run / f"{name}.json"
         if answer.exists():
-            plots.append(plot_columns(json.loads(answer.read_text()), title, (620, 400)))
+            rows = json.loads(answer.read_text(encoding="utf-8"))
+            plots.append(plot_columns(rows, title, (620, 400)))
     if plots:
         beside(plots).save(path)
 

@@ -5,6 +5,7 @@ U-Net needs no labels.
 """
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -12,16 +13,15 @@ import le
 import train
 import unet
 from attacks import PROTECTIONS
-from le import on_device
 from studies.drawing import grid
-from studies.run import first_of_each, networks, repaired, shown, slug, spread
+from studies.run import networks, repaired, shown, slug, spread
 
 
 def prior(c, name, images):
-    """The U-Net of the story, trained on other images for as many steps."""
-    net = train.new_network(train.UNet, c.unet | dict(size=images.shape[-1]), c.seed)
-    train.cached(c, name, train.train_unet, net=net, images=images, seed=c.seed, **c.ddpm)
-    return on_device(unet.load(c.run / f"{name}.pt"))
+    """The U-Net of the story, trained on other images for as many steps, in a folder of its own."""
+    other = SimpleNamespace(**vars(c) | dict(run=c.run / name))
+    other.run.mkdir(exist_ok=True)
+    return train.train_ddpm(other, {"unprotected": (images, None)})
 
 
 def counts_up_to(most):
@@ -102,7 +102,7 @@ def shift(c, sets, count, protection="em-sample"):
     ue = train.protect(c, protection, sets)[sets["protected"][1] < half]
     judged = {name: (x[y < half], y[y < half]) for name, (x, y) in sets.items()}
     originals, answers = judged["protected"]
-    places = first_of_each(answers, 5)
+    places = train.first_of_each(answers, 5)
     looks = [
         ("original", originals[places]),
         ("UE", ue[places])]

@@ -8,12 +8,8 @@ from functools import partial
 
 import torch
 
-import le
-import train
-from attacks import (PROTECTIONS, Protection, Victim, min_min, noise_gradient, noise_step, publish,
+from attacks import (PROTECTIONS, Protection, min_min, noise_gradient, noise_step, publish,
                      simclr_view, train_surrogate)
-from studies.ablation import SIMPLE, weighted
-from studies.run import by_sampler, compared_otherwise, networks, repaired, shown, slug, spread
 
 
 def patches(images, labels, victim, *, epsilon, seed, report, size=8, spread=0.25):
@@ -67,7 +63,7 @@ def targeted(images, labels, victim, *, epsilon, seed, report, batches, steps, s
     generator = torch.Generator().manual_seed(seed)
     perturbation = torch.zeros_like(images)
     rows = torch.arange(len(images))
-    net = victim.network(seed + 1000)
+    net = victim.fresh(seed + 1000).to(images.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     train_surrogate(net, optimizer, victim, images, labels, perturbation, rows, batches, batch_size,
                     generator)
@@ -91,7 +87,7 @@ def augmented(images, labels, victim, *, view=simclr_view, **how):
     augmentations of contrastive learning, meant for both kinds of victim.
     """
     scores = partial(augmented_scores, view=view)
-    return min_min(images, labels, Victim(victim.network, scores), **how)
+    return min_min(images, labels, replace(victim, scores_and_answers=scores), **how)
 
 
 OTHERS = {
@@ -105,64 +101,3 @@ OTHERS = {
 def register():
     """Let the options --protections and --noise name them."""
     PROTECTIONS.update(OTHERS)
-    train.DEFAULTS["noise"] |= {name: protection.settings for name, protection in OTHERS.items()}
-
-
-# -- What undoes them ------------------------------------------------------------------------------
-
-def protected_part(sets, most):
-    """The first protected images, and the sets with no others."""
-    images, labels = [part[:most] for part in sets["protected"]]
-    return images, sets | {"protected": (images, labels)}
-
-
-def others(c, sets, count, most=3000):
-    """What undoes protections for which nothing was tuned? What needs no network; our sampler, as
-    it is and with one thing changed; the released one, which takes its time, so for `most` images.
-    """
-    c.evaluate = "validation"
-    clean, sets = protected_part(sets, most)
-    net, distance = networks(c, sets, perceptual=True)
-    ours = le.Sampler(**c.sampler)
-    released = le.SAMPLERS["released"]
-    otherwise = compared_otherwise(ours)
-    samplers = {
-        "LE": ours,
-        f"LE, on {otherwise.compare}": otherwise,
-        "LE, half the level": replace(ours, t_star=ours.t_star // 2),
-        "LE, one round": replace(ours, rounds=1),
-        "released, 20 levels": replace(released, t_star=20, steps=20),
-        "released, 36 levels": released}
-    rows = {}
-    for name in [name for name in OTHERS if name in c.protections] or OTHERS:
-        kind = PROTECTIONS[name].victim
-        ue = train.protect(c, name, sets)
-        found = {"clean": clean, "UE": ue}
-        for label in ("JPEG 10", "median 3x3"):
-            found[label] = SIMPLE[label](ue, None)
-        for label, sampler in samplers.items():
-            key = f"others-{name}-{slug(label)}-images"
-            found[label] = repaired(c, key, net, distance, ue, sampler)
-        for what, images in found.items():
-            key = f"others-{what}" if what == "clean" else f"others-{name}-{slug(what)}"
-            row = rows.setdefault(what, {"images": what})
-            row[name] = shown(spread(c, kind, key, images, sets, count))
-    return list(rows.values())
-
-
-def mend(c, sets, count, most=3000):
-    """What would undo targeted poisons, and what does it cost where nothing had to be mended?"""
-    c.evaluate = "validation"
-    clean, sets = protected_part(sets, most)
-    net, distance = networks(c, sets)
-    cases = {"clean": ([clean], net)}
-    for name in ("patches", "targeted"):
-        cases[name] = [train.protect(c, name, sets)], net
-    ours = le.Sampler(**c.sampler)
-    samplers = {
-        "as it is": ours,
-        "half the weight": weighted(ours, 1 / 2),
-        "a quarter of the weight": weighted(ours, 1 / 4),
-        "unguided, one round of ten": replace(weighted(ours, 0), t_star=3 * ours.t_star // 4,
-                                              rounds=1, steps=10)}
-    return by_sampler(c, sets, "mend", cases, samplers, distance, count)

@@ -8,7 +8,6 @@ same place and name (a.jpg becomes a.jpg.png). What is in OUT already is kept, s
 goes on; what cannot be read is named and skipped, and the exit code is 1.
 """
 import argparse
-import io
 import os
 import sys
 import tempfile
@@ -22,9 +21,9 @@ from PIL import Image
 import le
 import perceptual
 import unet
-from le import BATCH, BadInput, Progress, Sampler, as_bytes, on_device, open_image
-from studies.arrays import ARRAYS, purify_any, purify_array, write
-from train import digest
+from le import BATCH, BadInput, Progress, Sampler, as_bytes, open_image
+from studies.arrays import ARRAYS, purify_any, purify_array
+from unet import on_device
 
 
 # -- Folders ---------------------------------------------------------------------------------------
@@ -110,10 +109,10 @@ def purify_group(group, clean, seed):
     seeds = [zlib.crc32(f"{seed} ".encode() + os.fsencode(file.name)) for file, _, _ in group]
     made = clean(torch.stack([le.pixels_of(image) for _, _, image in group]), seeds)
     for (_, target, image), pixels in zip(group, made):
-        content = io.BytesIO()
-        with_pixels(image, pixels).save(content, "PNG", icc_profile=image.info.get("icc_profile"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, content.getvalue())
+        profile = image.info.get("icc_profile")
+        with unet.whole(target) as partial:
+            with_pixels(image, pixels).save(partial, "PNG", icc_profile=profile)
 
 
 # -- Command line ----------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def main(argv=None):
         elif options.out.exists():
             print(f"{options.out}: is there already and is kept")
         elif options.source.suffix in ARRAYS:
-            settings = [sampler, digest(net), distance and digest(distance)]
+            settings = [sampler, net, distance]
             purify_array(options.source, options.out, clean, options.seed, settings)
         else:
             open_image(options.source)                     # raises where a folder would skip

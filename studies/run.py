@@ -8,7 +8,8 @@ import torch
 
 import le
 import train
-from le import BadInput
+from attacks import fit
+from unet import BadInput, on_device
 
 
 def parser_of(name, doc):
@@ -43,13 +44,14 @@ def networks(c, sets, perceptual=False):
 def versions(c, name, sets):
     """Clean images, the UEs of a protection of the run and the LEs made from them."""
     ue = train.protect(c, name, sets)
-    return dict(clean=sets["protected"][0], UE=ue, LE=train.purify(c, name, ue, *networks(c, sets)))
+    learnable = train.make_learnable(c, name, ue, *networks(c, sets))
+    return dict(clean=sets["protected"][0], UE=ue, LE=learnable)
 
 
-def repaired(c, key, net, distance, ue, sampler, make=train.purified):
+def repaired(c, key, net, distance, ue, sampler, purifier=le.purify):
     """LEs by another U-Net or another sampler than the run's."""
-    made = train.cached(c, key, make, purifier=le.purify, net=net, distance=distance, images=ue,
-                        sampler=sampler, seed=c.seed)
+    made = train.cached(c, key, le.divided, shared=True, purifier=purifier, net=net,
+                        distance=distance, images=ue, sampler=sampler, seed=c.seed)
     return le.as_float(made["images"])
 
 
@@ -63,11 +65,6 @@ def slug(text):
     return "-".join("".join(ch if ch.isalnum() or ch == "." else " " for ch in text).split())
 
 
-def first_of_each(labels, n=10):
-    """Where the first image of each class is, for at most n classes."""
-    return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:n]
-
-
 def of_seed(c, name, k):
     """The run with the k-th seed after its own, and what it calls its `name`; the first is the
     story's own."""
@@ -75,13 +72,10 @@ def of_seed(c, name, k):
     return other, f"{name}-{k}" if k else name
 
 
-def trained(c, kind, name, images, sets, k=0):
+def network_of(c, kind, name, images, sets, k=0):
     """The network of a victim of the k-th seed."""
-    c, name = of_seed(c, name, k)
-    train.train_victim(c, kind, name, images, sets)
-    net = train.victim_of(c, kind, sets).network(c.seed).eval()
-    net.load_state_dict(train.unet.read(c.run / f"{kind}-{name}.pt")["weights"])
-    return net
+    other, numbered = of_seed(c, name, k)
+    return train.trained(other, kind, numbered, images, sets)[0]
 
 
 def spread(c, kind, name, images, sets, victims=3):
@@ -99,18 +93,22 @@ def spread_over(c, kind, name, variants, sets, victims):
     return torch.tensor(accuracies)
 
 
-def judged(c, key, make, victim, training, images, sets, victims=3):
-    """`spread` of a victim that the story does not know, by its probe if it is an encoder. `make`
-    is `train.fit` by a function of the study's file, so that the cache sees the study's code."""
+def judged(c, key, victim, training, images, sets, victims=3):
+    """`spread` of a victim that is no entry of VICTIMS, with settings of its training."""
     accuracies = []
     for k in range(victims):
         other, numbered = of_seed(c, key, k)
-        made = train.cached(other, numbered, make, victim=victim, images=images,
+        made = train.cached(other, numbered, fit, victim=victim, images=on_device(images),
                             labels=sets["protected"][1], seed=other.seed, **training)
-        net = victim.network(other.seed).eval()
+        net = on_device(victim.fresh(other.seed)).eval()
         net.load_state_dict(made["weights"])
-        accuracies.append(train.score_of(c, net, sets))
+        accuracies.append(train.score_of(c, victim, net, sets))
     return torch.tensor(accuracies)
+
+
+def training_of(c, kind):
+    """The settings of a victim's training: its options without those of its choice."""
+    return {key: vars(c)[kind][key] for key in train.VICTIMS[kind].training}
 
 
 def shown(accuracies):

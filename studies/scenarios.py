@@ -30,13 +30,13 @@ import le
 import train
 from attacks import PROTECTIONS
 from le import BadInput
+from studies.answers import mend, others, owner, reply, victims
 from studies.contrastive import code, longer
 from studies.drawing import plot_columns, plot_rows
-from studies.opponents import owner, reply, victims
 from studies.prior import counts_up_to, few, prior, shift
-from studies.protections import mend, others, register
-from studies.run import (accuracies_on, networks, opened, parser_of, repaired, shown, slug, spread,
-                         trained, versions)
+from studies.protections import register
+from studies.run import (accuracies_on, network_of, networks, opened, parser_of, repaired, shown,
+                         slug, spread, versions)
 
 OTHER = {"classifier": "simclr", "simclr": "classifier"}
 
@@ -56,13 +56,13 @@ def probe(c, sets, count):
     """Encoders of clean images; their probes learn from published images and their labels."""
     c.evaluate = "validation"
     clean, labels = sets["protected"]
-    nets = [trained(c, "simclr", "clean", clean, sets, k) for k in range(count)]
+    nets = [network_of(c, "simclr", "clean", clean, sets, k) for k in range(count)]
     rows = []
     for name in c.protections:
         row = {"protection": name}
         for what, images in versions(c, name, sets).items():
             row[f"probe on {what}"] = shown([
-                train.linear_probe(net.encoder, (images, labels), sets[c.evaluate])
+                train.linear_probe(net, (images, labels), sets[c.evaluate])
                 for net in nets])
         rows.append(row)
     return rows
@@ -107,7 +107,7 @@ def part(c, sets, count, protection="em-sample"):
     found = versions(c, protection, sets)
     kind = PROTECTIONS[protection].victim
     clean, labels = sets["protected"]
-    purified_clean = train.purify(c, "nothing", clean, *networks(c, sets))
+    purified_clean = train.make_learnable(c, "nothing", clean, *networks(c, sets))
     ends = accuracies_on(c, kind, protection, found, sets, count)
     none = shown(spread(c, kind, f"part-{protection}-0-purified", purified_clean, sets, count))
     rows = [{"protected": "0 %", "mix": ends["clean"], "mix purified": none,
@@ -169,7 +169,7 @@ def main(argv=None):
             raise BadInput(f"--victims {options.victims}: expected 1 or more")
         rows = SCENARIOS[options.name](c, sets, options.victims)
         path = c.run / f"{options.name}.json"
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         draw(options.name, rows).save(path.with_suffix(".png"))
         print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
         for row in rows:

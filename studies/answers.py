@@ -1,0 +1,195 @@
+"""Other victims, an owner who answers, other protections, and what undoes them: `python -m
+studies.scenarios` victims, owner, reply, others or mend."""
+from dataclasses import replace
+
+import torch
+
+import le
+import train
+from attacks import PROTECTIONS, published
+from unet import on_device
+from studies.ablation import SIMPLE, weighted
+from studies.opponents import contrastive, encoder, through_the_sampler
+from studies.prior import foreign, prior
+from studies.protections import OTHERS
+from studies.run import (accuracies_on, by_sampler, compared_otherwise, judged, networks, of_seed,
+                         repaired, repaired_each, shown, slug, spread, spread_over, training_of,
+                         versions)
+
+
+# -- Victims that the protection did not expect ----------------------------------------------------
+
+def opponents(c, sets):
+    """{name: (kind, victim, settings of its training)}. Transformers take time, small steps."""
+    classifier = train.victim_in(c, "classifier", sets)
+    simclr = train.victim_in(c, "simclr", sets)
+    config = classifier.config | dict(size=c.size, kind="plain")
+    plain = replace(classifier, network=encoder, config=config)
+    transformer = replace(plain, config=config | dict(kind="transformer"))
+    probed = replace(simclr, network=contrastive, config=config)
+    patient = training_of(c, "classifier")
+    patient |= dict(epochs=2 * patient["epochs"], lr=0.05)
+    return {
+        "plain network": ("classifier", plain, training_of(c, "classifier")),
+        "transformer": ("classifier", transformer, patient),
+        "SimCLR, plain network": ("simclr", probed, training_of(c, "simclr"))}
+
+
+def victims(c, sets, count):
+    """Noise is made against a ResNet; does it hold against others, and do LEs help them?"""
+    c.evaluate = "validation"
+    rows = []
+    for name in c.protections:
+        found = versions(c, name, sets)
+        kind = PROTECTIONS[name].victim
+        surrogate = accuracies_on(c, kind, name, found, sets, count)
+        rows.append({"victim": f"ResNet, {name}"} | surrogate)
+        for other, (learns, victim, training) in opponents(c, sets).items():
+            if learns != kind:
+                continue
+            row = {"victim": f"{other}, {name}"}
+            for what, images in found.items():
+                version = what if what == "clean" else f"{name}-{what.lower()}"
+                key = f"victims-{slug(other)}-{version}"
+                row[what] = shown(judged(c, key, victim, training, images, sets, count))
+            rows.append(row)
+    return rows
+
+
+# -- The owner answers -----------------------------------------------------------------------------
+
+def noises(c, sets, protection, what, known, epsilon, count):
+    """UEs of a protection, at epsilon of 255, that knows a U-Net or (None) no sampler: of several
+    seeds, since another noise made in the same way may protect by many points more or less."""
+    images, labels = sets["protected"]
+    how = c.noise[protection] | dict(epsilon=epsilon / 255)
+    make = PROTECTIONS[protection].make
+    if known is not None:
+        make = through_the_sampler
+        how |= dict(prior=known, level=c.sampler["t_star"])
+    victim = train.victim_in(c, "classifier", sets)
+    ues = []
+    for k in range(count):
+        other, name = of_seed(c, f"owner-{epsilon:g}-{slug(what)}", k)
+        made = train.cached(other, name, published, protection=make, images=on_device(images),
+                            labels=labels, victim=victim, seed=other.seed, **how)
+        ues.append(le.as_float(made["images"]))
+    return ues
+
+
+def known_priors(c, images, net):
+    """{what the owner knows: the U-Net that his noise must survive}."""
+    return {
+        "as before": None,
+        "knows the sampler": prior(c, "owner-prior", images),
+        "knows its U-Net": net}
+
+
+def owner(c, sets, count, protection="em-class"):
+    """Does noise survive that is larger, or knows the sampler? By a U-Net that the owner trains on
+    the images before they are protected, or by the unauthorized user's own. Each victim has a
+    noise of its own."""
+    c.evaluate = "validation"
+    net, distance = networks(c, sets)
+    images, _ = sets["protected"]
+    on_clean = spread(c, "classifier", "clean", images, sets, count)
+    ours = le.Sampler(**c.sampler)
+    rows = []
+    for epsilon in (c.epsilon, 2 * c.epsilon):
+        for what, known in known_priors(c, images, net).items():
+            key = f"owner-{epsilon:g}-{slug(what)}"
+            ues = noises(c, sets, protection, what, known, epsilon, count)
+            learnable = repaired_each(c, f"{key}-images", net, distance, ues, ours)
+            on_ue = spread_over(c, "classifier", f"{key}-UE", ues, sets, count)
+            on_le = spread_over(c, "classifier", f"{key}-LE", learnable, sets, count)
+            rows.append({
+                "noise": f"{what}, {epsilon:g}/255",
+                "PSNR UE": f"{train.psnr(torch.stack(ues), images):.1f} dB",
+                "clean": shown(on_clean),
+                "UE": shown(on_ue),
+                "LE": shown(on_le)})
+    return rows
+
+
+def reply(c, sets, count, protection="em-class"):
+    """Do other samplers undo what this one does not? Noise that knows it, and any noise by a U-Net
+    that has seen other images; beside them, what they cost where nothing had to be mended. Each
+    victim has a noise of its own."""
+    c.evaluate = "validation"
+    net, distance = networks(c, sets)
+    priors = known_priors(c, sets["protected"][0], net)
+    cases = {}
+    for what in ("as before", "knows the sampler"):
+        cases[what] = noises(c, sets, protection, what, priors[what], c.epsilon, count), net
+    ues, _ = cases["as before"]
+    for what, images in foreign(c, len(sets["unprotected"][0])).items():
+        cases[f"U-Net of {what}"] = ues, prior(c, f"shift-{what}", images)
+    ours = le.Sampler(**c.sampler)
+    otherwise = compared_otherwise(ours)
+    rounds, label = (4, "four rounds") if ours.rounds == 1 else (1, "one round")
+    samplers = {
+        "as it is": ours,
+        label: replace(ours, rounds=rounds),
+        f"on {otherwise.compare}": otherwise,
+        f"{label}, on {otherwise.compare}": replace(otherwise, rounds=rounds)}
+    return by_sampler(c, sets, "reply", cases, samplers, distance, count)
+
+
+# -- Other protections -----------------------------------------------------------------------------
+
+def protected_part(sets, most):
+    """The first protected images, and the sets with no others."""
+    images, labels = [part[:most] for part in sets["protected"]]
+    return images, sets | {"protected": (images, labels)}
+
+
+def others(c, sets, count, most=3000):
+    """What undoes protections for which nothing was tuned? What needs no network; our sampler, as
+    it is and with one thing changed; the released one, which takes its time, so for `most` images.
+    """
+    c.evaluate = "validation"
+    clean, sets = protected_part(sets, most)
+    net, distance = networks(c, sets, perceptual=True)
+    ours = le.Sampler(**c.sampler)
+    released = le.SAMPLERS["released"]
+    otherwise = compared_otherwise(ours)
+    samplers = {
+        "LE": ours,
+        f"LE, on {otherwise.compare}": otherwise,
+        "LE, half the level": replace(ours, t_star=ours.t_star // 2),
+        "LE, one round": replace(ours, rounds=1),
+        "released, 20 levels": replace(released, t_star=20, steps=20),
+        "released, 36 levels": released}
+    rows = {}
+    for name in [name for name in OTHERS if name in c.protections] or OTHERS:
+        kind = PROTECTIONS[name].victim
+        ue = train.protect(c, name, sets)
+        found = {"clean": clean, "UE": ue}
+        for label in ("JPEG 10", "median 3x3"):
+            found[label] = SIMPLE[label](ue, None)
+        for label, sampler in samplers.items():
+            key = f"others-{name}-{slug(label)}-images"
+            found[label] = repaired(c, key, net, distance, ue, sampler)
+        for what, images in found.items():
+            key = f"others-{what}" if what == "clean" else f"others-{name}-{slug(what)}"
+            row = rows.setdefault(what, {"images": what})
+            row[name] = shown(spread(c, kind, key, images, sets, count))
+    return list(rows.values())
+
+
+def mend(c, sets, count, most=3000):
+    """What would undo targeted poisons, and what does it cost where nothing had to be mended?"""
+    c.evaluate = "validation"
+    clean, sets = protected_part(sets, most)
+    net, distance = networks(c, sets)
+    cases = {"clean": ([clean], net)}
+    for name in ("patches", "targeted"):
+        cases[name] = [train.protect(c, name, sets)], net
+    ours = le.Sampler(**c.sampler)
+    samplers = {
+        "as it is": ours,
+        "half the weight": weighted(ours, 1 / 2),
+        "a quarter of the weight": weighted(ours, 1 / 4),
+        "unguided, one round of ten": replace(weighted(ours, 0), t_star=3 * ours.t_star // 4,
+                                              rounds=1, steps=10)}
+    return by_sampler(c, sets, "mend", cases, samplers, distance, count)

@@ -1,0 +1,621 @@
+"""Tests of the studies and of the user's own files, found by `python -m pytest` with the others."""
+import base64
+import functools
+import importlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import attacks
+import le
+import perceptual
+import train
+import unet
+from attacks import SimCLR, Victim, fit, partner_scores
+from le import BadInput, purify
+from perceptual import VGG
+from studies import arrays, contrastive, handout, opponents, pictures, scenarios
+from studies import purify as own_images
+from studies.grading import CLAIMS
+from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, checkpoint, configured,
+                     images, nets, refusal, same, seeded, silent, small_run)
+from unet import UNet, on_device
+
+CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
+
+
+# -- Data sets in files ---------------------------------------------------------------------------
+
+def cifar10_files(records=20):
+    """The official layout in small: {name: bytes}, and the records (6, records, 3073) in them."""
+    data = np.random.default_rng(0).integers(0, 256, (6, records, 3073), dtype=np.uint8)
+    data[:, :, 0] %= 10
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    return {name: part.tobytes() for name, part in zip(names, data)}, data
+
+
+def write_cifar10(path, files, mode="w:gz"):
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_load_data_keeps_the_test_batch_of_cifar10_apart(tmp_path):
+    files, data = cifar10_files()
+    root = write_cifar10(tmp_path / "c.tar.gz", files)
+    cifar = ["--data", "cifar10", "--root", root]
+    sets, _ = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15)))
+    same(sets["test"][1], torch.from_numpy(data[5, :15, 0]).long())
+    assert len({x.numpy().tobytes() for part, _ in sets.values() for x in part}) == 115
+    with pytest.raises(BadInput, match="100 images for 51 protected"):
+        train.load_data(configured(*cifar, *asked_for(51, 30, 20, 15)))
+    with pytest.raises(BadInput, match="--images.test 21: .* has 20"):
+        train.load_data(configured(*cifar, *asked_for(50, 30, 20, 21)))
+
+
+def test_cifar10_reads_planes_and_labels(tmp_path):
+    files, data = cifar10_files()
+    (x, y), (test_x, test_y) = train.cifar10(write_cifar10(tmp_path / "c.tar.gz", files))
+    assert x.shape == (100, 3, 32, 32) and test_x.shape == (20, 3, 32, 32)
+    record = data[2, 5]                                    # the sixth of the third batch: image 45
+    assert y[45] == record[0]
+    assert math.isclose(x[45, 1, 3, 7], record[1 + 1024 + 3 * 32 + 7] / 255, rel_tol=1e-6)
+    same(test_y, torch.from_numpy(data[5, :, 0]).long())
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
+@pytest.mark.parametrize("damage", ["cut", "a bit turned over"])
+def test_cifar10_notices_a_damaged_archive(tmp_path, mode, damage):
+    path = write_cifar10(tmp_path / "c.tar.gz", cifar10_files()[0], mode)
+    content = bytearray(path.read_bytes())
+    place = len(content) // 2
+    content[place] ^= 1
+    path.write_bytes(content[:place] if damage == "cut" else content)
+    with pytest.raises(BadInput, match="c.tar.gz"):
+        train.cifar10(path)
+
+
+@pytest.mark.parametrize("name, start, cut", [
+    ("data_batch_2.bin", b"", -1), ("test_batch.bin", b"\x0b", None), ("data_batch_5.bin", b"", 0)])
+def test_cifar10_names_the_broken_file(tmp_path, name, start, cut):
+    files, _ = cifar10_files()
+    files[name] = (start + files[name][len(start):])[:cut]
+    with pytest.raises(BadInput, match=f"{name} is missing, cut off or mislabelled"):
+        train.cifar10(write_cifar10(tmp_path / "c.tar.gz", files))
+
+
+@pytest.mark.skipif(not CIFAR10_MINI.exists(), reason="no real CIFAR-10 beside the project")
+def test_cifar10_reads_real_images():
+    (x, y), (test_x, test_y) = train.cifar10(CIFAR10_MINI)
+    assert len(x) == 12000 and len(test_x) == 2400 and set(y.tolist()) == set(range(10))
+    neighbours = (x[:, :, 1:] - x[:, :, :-1]).abs().mean()
+    strangers = (x[1:] - x[:-1]).abs().mean()
+    assert 3 * neighbours < strangers                      # photographs are smooth
+
+
+def class_folders(root, per_class=12, size=(40, 36)):
+    for name, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            suffix = "png" if i % 2 else "jpg"
+            Image.new("RGB", size, colour).save(root / name / f"{i}.{suffix}")
+    return root
+
+
+def test_folder_crops_resizes_and_labels(tmp_path):
+    x, y, classes = train.folder(class_folders(tmp_path / "pets"), 32)
+    assert x.shape == (24, 3, 32, 32) and y.tolist() == [0] * 12 + [1] * 12
+    assert classes == ["cat", "dog"]
+    assert (x[0].mean((1, 2)) * 255 - torch.tensor([200, 30, 30])).abs().max() < 3  # JPEG
+
+
+def test_folder_names_what_it_cannot_use(tmp_path):
+    pets = class_folders(tmp_path / "pets")
+    (pets / "cat" / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(BadInput, match="bad.png"):
+        train.folder(pets, 32)
+    with pytest.raises(BadInput, match="two or more"):
+        train.folder(pets / "cat", 32)
+
+
+def test_main_runs_on_a_folder_that_keeps_its_runs_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = [*SMALL[:10], "--unet.attention", "", "--protections", "em-class",
+             "--ddpm.levels", "200"]
+    train.main(["--data", str(class_folders(tmp_path / "a" / "pets")), *small])
+    assert "| em-class |" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "pets-limit4" / "vgg.pt").exists()  # nothing perceptual there
+    other = ["--data", class_folders(tmp_path / "b" / "pets"), *small]
+    assert "belongs to --data" in refusal(train.main, other, capsys)
+    few = ["--data", class_folders(tmp_path / "few", 2), "--out", "few-run"]
+    assert "two or more images" in refusal(train.main, few, capsys)
+    assert not list((tmp_path / "few-run").glob("*.pt"))
+
+
+# -- Images in files -------------------------------------------------------------------------------
+
+def picture(mode, size=(40, 36)):
+    """A smooth Pillow image, different in every channel."""
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    bands = np.stack([3 * x + 60, 255 - 4 * y, 2 * (x + y), 255 * (x > y)], -1)
+    rgba = Image.fromarray(bands.astype(np.uint8))
+    if mode == "P":
+        return rgba.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+    return rgba.convert(mode)
+
+
+@pytest.mark.parametrize("mode, transparency, expected", [
+    ("RGB", None, "RGB"), ("RGBA", None, "RGBA"), ("L", None, "L"), ("LA", None, "LA"),
+    ("P", None, "RGB"), ("P", 0, "RGBA"), ("RGB", (60, 255, 0), "RGBA"), ("L", 168, "RGBA")])
+def test_open_image_keeps_transparency(tmp_path, mode, transparency, expected):
+    picture(mode).save(tmp_path / "a.png", transparency=transparency)
+    image = le.open_image(tmp_path / "a.png")
+    assert image.mode == expected
+    if transparency is not None:
+        assert image.getchannel("A").getextrema()[0] == 0
+
+
+# An RGB PNG of 16 bits a channel, which Pillow cannot write
+DEEP_PNG = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABEAIAAADA54+dAAAA"
+            "D0lEQVR4nGNgYGRiZmEFAAAqABAazIwkAAAAAElFTkSuQmCC")
+
+
+def test_open_image_turns_takes_the_first_frame_and_refuses(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                       # to be turned by 90 degrees
+    picture("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    assert le.open_image(tmp_path / "turned.jpg").size == (36, 40)
+    frames = [picture("RGB").rotate(90)]
+    picture("RGB").save(tmp_path / "two.gif", save_all=True, append_images=frames)
+    first = np.array(le.open_image(tmp_path / "two.gif").convert("RGB")).astype(int)
+    assert np.abs(first - np.array(picture("RGB"))).mean() < 20
+    (tmp_path / "deep.png").write_bytes(base64.b64decode(DEEP_PNG))
+    picture("CMYK").save(tmp_path / "cmyk.jpg")
+    (tmp_path / "text.png").write_text("not an image")
+    wrong = {"deep.png": "16 bits", "cmyk.jpg": "mode CMYK", "text.png": "readable"}
+    for name, message in wrong.items():
+        with pytest.raises(BadInput, match=f"{name}: .*{message}"):
+            le.open_image(tmp_path / name)
+
+
+def test_open_image_refuses_image_bombs(tmp_path, monkeypatch):
+    picture("RGB").save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadInput, match="large.png"):
+        le.open_image(tmp_path / "large.png")
+
+
+# -- studies/purify.py and arrays.py: the user's own files -----------------------------------------
+
+@pytest.fixture
+def checkpoints(nets, tmp_path):
+    """The options that name two small checkpoints, and a short way."""
+    unet.save(tmp_path / "unet.pt", checkpoint(nets[0]))
+    unet.save(tmp_path / "vgg.pt", checkpoint(nets[1].vgg))
+    files = ["--unet", str(tmp_path / "unet.pt"), "--perceptual", str(tmp_path / "vgg.pt")]
+    return [*files, "--t_star", "12", "--steps", "2", "--pixel_above", "6"]
+
+
+def test_read_array_runs_no_code(tmp_path, capsys):
+    np.save(tmp_path / "evil.npy", np.array([Malice()]), allow_pickle=True)
+    with pytest.raises(BadInput, match="evil.npy"):
+        arrays.read_array(tmp_path / "evil.npy")
+    assert "ran code" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length, tile, overlap", [(32, 128, 16), (129, 128, 16), (500, 128, 16),
+                                                   (1000, 64, 8)])
+def test_positions_cover_the_length_with_overlap(length, tile, overlap):
+    starts = arrays.positions(length, tile, overlap)
+    assert starts[0] == 0 and starts[-1] + tile >= length and starts[-1] == max(0, length - tile)
+    assert all(a + tile - b >= overlap for a, b in zip(starts, starts[1:]))
+
+
+def test_purify_any_keeps_the_size_and_equals_purify_where_it_fits(nets):
+    x = images(2, 32)
+    expected = purify(*nets, x, JOINT, [5 * 1_000_003, 6 * 1_000_003])
+    same(arrays.purify_any(*nets, x, JOINT, [5, 6]), expected)
+    for size in ((1, 1), (5, 47), (33, 32)):
+        y = arrays.purify_any(*nets, torch.rand(1, 3, *size), JOINT, [0])
+        assert y.shape == (1, 3, *size) and torch.allclose(y * 255, (y * 255).round(), atol=1e-3)
+
+
+def test_purify_any_blends_tiles_without_seams():
+    net = UNet(**TINY).eval().requires_grad_(False)        # predicts no noise: its end is zero
+    x = torch.full((1, 3, 80, 80), 0.5)
+    sampler = replace(FREE, t_star=1, steps=1, rounds=1)   # no diffusion to speak of
+    y = arrays.purify_any(net, None, x, sampler, [0], tile=32, overlap=8)
+    assert (y - 0.5).abs().max() < 0.06 and y.std() > 0
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_main_purify_purifies_a_folder_to_pngs_and_says_what_it_leaves_out(
+        tmp_path, checkpoints, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "deep" / "er").mkdir(parents=True)
+    picture("RGB").save(source / "a.png")
+    picture("RGB").save(source / "a.jpg")                  # beside a.png
+    picture("RGBA").save(source / "deep" / "b.png")
+    picture("L").save(source / "deep" / "er" / "c.bmp")
+    picture("LA").save(source / "d.PNG")
+    picture("RGB", (7, 5)).save(source / "f.webp", lossless=True)
+    (source / "notes.txt").write_text("not an image")
+    (source / "linked").symlink_to(tmp_path)
+    own_images.main([str(source), str(out), *checkpoints])
+    said = capsys.readouterr().out
+    assert "2 that are not images" in said and "notes.txt" in said and "linked" in said
+    made = {name: Image.open(path) for name, path in files_in(out).items()}
+    assert {name: (image.mode, image.size) for name, image in made.items()} == {
+        "a.png": ("RGB", (40, 36)), "a.jpg.png": ("RGB", (40, 36)), "d.PNG.png": ("LA", (40, 36)),
+        "deep/b.png": ("RGBA", (40, 36)), "deep/er/c.bmp.png": ("L", (40, 36)),
+        "f.webp.png": ("RGB", (7, 5))}
+    alpha = made["deep/b.png"].getchannel("A").tobytes()
+    assert alpha == picture("RGBA").getchannel("A").tobytes()
+    assert made["a.png"].tobytes() != picture("RGB").tobytes()
+    own_images.main([str(source / "a.png"), str(tmp_path / "one.png"), *checkpoints])
+    assert (tmp_path / "one.png").read_bytes() == (out / "a.png").read_bytes()
+
+
+def test_main_purify_goes_on_and_names_what_it_cannot_read(tmp_path, checkpoints, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in "abc":
+        picture("RGB").save(source / f"{name}.png")
+    own_images.main([str(source), str(out), *checkpoints])
+    first = {name: path.read_bytes() for name, path in files_in(out).items()}
+    (out / "a.png").write_bytes(first["a.png"][:100])      # half a file, and an empty one
+    (out / "b.png").write_bytes(b"")
+    (source / "0.png").write_bytes((source / "a.png").read_bytes()[:54])
+    with pytest.raises(SystemExit) as stop:
+        own_images.main([str(source), str(out), *checkpoints])
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and "1 files could not be read" in said.err
+    assert "1 of 4 are there already" in said.out and "0.png: not a readable image" in said.err
+    assert {name: path.read_bytes() for name, path in files_in(out).items()} == first
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
+def test_main_purify_takes_an_array_the_same_after_an_interruption(tmp_path, checkpoints, suffix,
+                                                                     monkeypatch):
+    x, source, out = images(70, 16), tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    arrays.write_array(source, x, dict(label=np.arange(70)))
+    command = [str(source), str(out), *checkpoints]
+    own_images.main(command)
+    whole, others = arrays.read_array(out)
+    assert whole.shape == x.shape and not torch.equal(whole, x)
+    assert suffix != ".npz" or (others["label"] == np.arange(70)).all()
+    out.unlink()
+
+    def stopped(label):
+        def report(done, total):
+            if done == 70:
+                raise KeyboardInterrupt
+        return report
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays, "Progress", stopped)
+        patch.setattr(arrays.purify_array, "__defaults__", (0,))
+        patch.setattr(arrays, "BATCH", 32)
+        with pytest.raises(SystemExit) as stop:
+            own_images.main(command)
+        assert stop.value.code == 130 and not out.exists()
+        with pytest.raises(SystemExit):                    # another seed does not take what is done
+            own_images.main([*command, "--seed", "1"])
+    assert len(list(tmp_path.glob("*.partial"))) == 2
+    own_images.main(command)
+    same(arrays.read_array(out)[0], whole)
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.npy", np.zeros((4, 3, 8, 8), np.uint8), r"torch.uint8, \(4, 8, 3, 8\)"),
+    ("a.npy", np.zeros((4, 8, 8, 3), np.float32), "float32"),
+    ("a.npy", np.zeros((0, 8, 8, 3), np.uint8), "expected 8-bit"),
+    ("a.npy", b"text", "not a readable .npy"),
+    ("a.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, "
+              b"'shape': (9000000000, 32, 32, 3)}" + b" " * 43 + b"\n", "not a readable .npy"),
+    ("a.npz", dict(images=np.zeros(1)), "not a readable .npz"),
+    ("a.npz", b"PK", "not a readable .npz"),
+    ("a.pt", torch.zeros(2, 3, 4, 4, dtype=torch.bool), "torch.bool"),
+    ("a.pt", torch.zeros(2, 3, 4, 4) - 1, "float32"),
+    ("a.pt", torch.zeros(2, 3, 4, 4) * math.nan, "float32"),
+    ("a.pt", {"images": torch.zeros(2, 3, 4, 4)}, "not a readable .pt"),
+    ("a.pt", b"text", "not a whole file"),
+])
+def test_read_array_says_what_it_found(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif name == "a.npy":
+        np.save(path, content)
+    elif name == "a.npz":
+        np.savez(path, **content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(BadInput, match=f"{name}: .*{message}|{name}: {message}"):
+        arrays.read_array(path)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere", "out"], "nowhere: no such file"),
+    (["in", "in/out"], "expected a place outside in"),
+    (["in", "in"], "expected a place outside in"),
+    (["in", "out"], "--unet is missing; `python train.py ddpm"),
+    (["in", "out", "--unet", "x.pt"], "--perceptual is missing; `python train.py ddpm"),
+    (["in", "out", "--unet", "x.pt", "--perceptual", "y.pt"], "x.pt"),
+    (["in", "out", "--steps", "0"], "steps"),
+    (["in", "out", "--pixel_weight", "nan"], "weights"),
+    (["in", "out", "--seed", "-1"], "--seed -1"),
+    (["in", "out", "--fast"], "--fast"),
+    (["in/a.npy", "out.npz"], "both end in"),
+    (["in/a.png", "out.jpg"], "an image and a .png"),
+    (["in/a.png", "in"], "an image and a .png"),
+    (["in", "in/a.png"], "expected a place outside in"),
+])
+def test_main_purify_refuses_bad_input_in_one_line(
+        tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    np.save("in/a.npy", np.zeros((1, 8, 8, 3), np.uint8))
+    picture("RGB").save("in/a.png")
+    said = refusal(own_images.main, arguments, capsys)
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_main_purify_refuses_targets_that_are_taken(tmp_path, checkpoints, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    picture("RGB").save(source / "a.jpg")
+    (out / "a.jpg.png").mkdir(parents=True)
+    command = [source, out, *checkpoints]
+    assert "a.jpg.png: a folder" in refusal(own_images.main, command, capsys)
+    (out / "a.jpg.png").rmdir()
+    picture("RGB").save(source / "a.jpg.png")
+    assert "would both become" in refusal(own_images.main, command, capsys)
+
+
+def test_main_purify_takes_names_of_any_bytes_and_length(tmp_path, checkpoints, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in (b"\xff\xfe.jpg", "ü.png".encode(), b"l" * 251 + b".jpg"):
+        with open(os.path.join(os.fsencode(source), name), "wb") as file:
+            picture("RGB").save(file, "PNG")               # the content decides, not the name
+    said = refusal(own_images.main, [source, out, *checkpoints], capsys, code=1)
+    assert "its name leaves no room" in said
+    assert sorted(os.listdir(os.fsencode(out))) == [b"\xc3\xbc.png", b"\xff\xfe.jpg.png"]
+
+
+def mutations(content, count, seed=0):
+    """Copies of a file with a few bytes changed, cut off, or twice there."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        data = bytearray(content)
+        for place in rng.integers(0, len(data), rng.integers(1, 8)):
+            data[place] = rng.integers(0, 256)
+        start, stop = sorted(rng.integers(0, len(data), 2))
+        yield bytes([data, data[:stop], data[:start] + data[stop:]][rng.integers(3)])
+
+
+def test_fuzz_open_image_and_read_array_and_load_raise_BadInput_or_read(tmp_path):
+    seeds = {"a.png": "PNG", "a.jpg": "JPEG", "a.webp": "WEBP", "a.bmp": "BMP", "a.gif": "GIF",
+             "b.bmp": "TIFF"}                              # the content decides, not the name
+    originals = {}
+    for name, kind in seeds.items():
+        content = io.BytesIO()
+        picture("RGB", (12, 10)).save(content, kind)
+        originals[name] = le.open_image, content.getvalue()
+    for name in ("a.npy", "a.npz", "a.pt"):
+        arrays.write_array(tmp_path / name, images(2, 4), {})
+        originals[name] = arrays.read_array, (tmp_path / name).read_bytes()
+    torch.save(checkpoint(VGG(width=1, convs=(1,))), tmp_path / "vgg.pt")
+    originals["vgg.pt"] = perceptual.load, (tmp_path / "vgg.pt").read_bytes()
+    refused = 0
+    for name, (reader, content) in originals.items():
+        for mutated in mutations(content, 30):
+            (tmp_path / name).write_bytes(mutated)
+            try:
+                reader(tmp_path / name)
+            except BadInput as error:
+                refused += 1
+                assert name in str(error)
+    assert refused > 100
+
+
+# -- studies ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("study, written", [
+    (["pictures"], ["overview", "forward", "strip", "curves", "confusion", "neighbours"]),
+    (["ablation", "--only", "JPEG 10", "--protection", "em-class"], []),
+    (["ablation", "--only", "unguided, DDIM", "--protection", "em-class"], []),
+    (["ablation", "--only", "joint, on grey", "--protection", "cp-class"], []),
+    (["scenarios", "cross", "--victims", "1"], ["cross"]),
+    (["scenarios", "code", "--victims", "1"], ["code"]),
+    (["scenarios", "longer", "--victims", "1"], ["longer"]),
+    (["scenarios", "probe", "--victims", "2"], ["probe"]),
+    (["scenarios", "others", "--victims", "1", "--protections", "targeted",
+      "--sampler.perceptual_weight", "0"], ["others"]),   # as on photographs
+    (["scenarios", "mend", "--victims", "1"], ["mend"]),
+    (["scenarios", "few", "--victims", "1"], ["few"]),
+    (["scenarios", "shift", "--victims", "1"], ["shift", "shift-images"]),
+    (["scenarios", "victims", "--victims", "1", "--protections", "em-class"], ["victims"]),
+    (["scenarios", "reply", "--victims", "1"], ["reply"]),
+    (["scenarios", "strides", "--victims", "1", "--protections", "em-class"], ["strides"]),
+    (["scenarios", "worth", "--victims", "1"], ["worth"]),
+    (["scenarios", "part", "--victims", "1"], ["part"]),
+])
+def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
+    shutil.copytree(small_run, tmp_path / "run")
+    name, *options = study
+    main = importlib.import_module(f"studies.{name}").main
+    main([*options, *SMALL, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert ("ddpm: kept" in said or name == "scenarios") and (written or said.count("|") > 10)
+    for picture_name in written:
+        assert Image.open(tmp_path / "run" / f"{picture_name}.png").width > 300
+
+
+def test_main_owner_gives_each_victim_a_noise_of_its_own(tmp_path, small_run):
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    scenarios.main(["owner", "--victims", "2", *SMALL, "--out", str(run)])
+    assert Image.open(run / "owner.png").width > 300
+    made = [unet.read(run / f"owner-8-knows-its-U-Net{k}.pt")["images"] for k in ("", "-1")]
+    assert not torch.equal(*made)
+    key = "classifier-owner-8-knows-its-U-Net"
+    for k, images in zip(("", "-1"), made):
+        learned = unet.read(run / f"{key}-UE{k}.pt")["parts"]["images"]
+        assert learned == train.hashes(dict(images=on_device(le.as_float(images))))["images"]
+    assert len({unet.read(run / f"{key}-LE{k}.pt")["parts"]["images"] for k in ("", "-1")}) == 2
+
+
+def test_main_pictures_puts_answers_of_scenarios_side_by_side(tmp_path, small_run):
+    shutil.copytree(small_run, tmp_path / "run")
+    for name in ("few", "part"):
+        rows = [{name: f"{n} %", "mix": f"{n}.0 ± 1.0", "PSNR": "9 dB"} for n in (20, 50)]
+        (tmp_path / "run" / f"{name}.json").write_text(json.dumps(rows))
+    pictures.main(["scenarios", *SMALL, "--out", str(tmp_path / "run")])
+    assert Image.open(tmp_path / "run" / "scenarios.png").size == (2 * 620, 400)
+
+
+@pytest.mark.parametrize("study, message", [
+    (["pictures"], "no run yet; first `python train.py`"), (["bench"], "no run yet"),
+    (["scenarios", "part"], "no run yet"), (["ablation"], "no run yet"),
+    (["ablation", "--only", "soap"], "no run yet"), (["scenarios", "money"], "invalid choice"),
+])
+def test_main_studies_say_in_one_line_what_they_lack(tmp_path, capsys, study, message):
+    program = importlib.import_module(f"studies.{study[0]}").main
+    said = refusal(program, [*study[1:], "--out", tmp_path / "none"], capsys)
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [train, own_images, handout, *map(importlib.import_module, (
+    "studies.pictures", "studies.ablation", "studies.scenarios", "studies.bench"))])
+def test_main_help_is_there(program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--help"])
+    assert stop.value.code == 0 and "    python " in capsys.readouterr().out
+
+
+def probe_of(x, view, data):
+    """Accuracy of a small SimCLR that is trained on x."""
+    config = dict(widths=(8, 16, 32, 64), blocks=1, strides=(2, 2, 2), classes=10)
+    victim = Victim(SimCLR, partner_scores, config, dict(view=view, temperature=0.2))
+    made = fit(victim, x, torch.zeros(len(x), dtype=torch.long), epochs=20, batch_size=64,
+                     lr=0.2, seed=0, report=silent)
+    net = victim.fresh(0).eval()
+    net.load_state_dict(made["weights"])
+    return train.linear_probe(net, data, data)
+
+
+def test_SimCLR_can_be_fooled_by_a_code_that_is_added_after_the_views():
+    # a positive control: if this fails, no noise could protect from SimCLR
+    x, labels = train.shapes(1280, seed=0)
+    code = torch.zeros_like(x)
+    code[:, :, :16, :16] = contrastive.class_codes(10, 16, 48 / 255, seed=0)[labels]
+    clean = probe_of(x, attacks.quadrant_view, (x, labels))
+    after = functools.partial(opponents.coded_view, view=attacks.quadrant_view)
+    fooled = probe_of(torch.cat([x, code], 1), after, (x, labels))
+    assert clean > 58 and fooled < clean - 15              # 68 and 43 when this was written
+
+
+# -- Assignments (see the README) ------------------------------------------------------------------
+
+def outcomes(folder, only):
+    """{test: (outcome, what it said)} of tests in a copy of the project."""
+    command = [sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", "test_le.py",
+               "-k", only]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found = re.findall(r"^(PASSED|FAILED|SKIPPED|ERROR).*::(\w+)(.*)", done.stdout, re.M)
+    return {test: (outcome, said) for outcome, test, said in found}, done.stdout
+
+
+QUICK = "not (main or torchrun or cached or SimCLR)"
+
+
+def test_assignment_fails_its_own_tests_and_lets_those_of_others_wait(tmp_path):
+    numbers = ["1", "4", "8"]
+    handout.main([*numbers, "--out", str(tmp_path / "copy")])
+    names = [handout.ASSIGNMENTS[int(number)][1] for number in numbers]
+    # some that need nothing, a fixture, or another process
+    others = "ddpm_loss or unguided or schedule or (story and whole) or interrupted"
+    tests, said = outcomes(tmp_path / "copy", f"({' or '.join(names)} or {others})")
+    for name in names:
+        own = {outcome for test, (outcome, _) in tests.items() if name in test}
+        assert own == {"FAILED"}
+        assert f"{name} is yours to write: {CLAIMS[name][:40]}" in said
+    assert tests["test_schedule_alpha_bar_is_the_running_product_and_starts_at_one"][0] == "PASSED"
+    waiting = [line for line in said.splitlines() if line.startswith("SKIPPED")]
+    assert len(waiting) >= 3 and all(re.search("needs (q_sample|embed)", line) for line in waiting)
+    failed = {test for test, (outcome, _) in tests.items() if outcome in ("FAILED", "ERROR")}
+    assert all(any(name in test for name in names) for test in failed)
+
+
+def test_assignment_solutions_pass_their_tests_even_where_a_student_deleted_all(tmp_path):
+    numbers = [str(number) for number in handout.ASSIGNMENTS]
+    folder = tmp_path / "copy"
+    handout.main([*numbers, "--out", str(folder)])
+    source = (folder / "unet.py").read_text()
+    body = handout.function_in(source, "q_sample").body
+    lines = source.splitlines(keepends=True)
+    lines[body[0].lineno - 1:body[-1].end_lineno] = ["    return x0\n"]  # no docstring any more
+    (folder / "unet.py").write_text("".join(lines))
+    handout.main([*numbers, "--out", str(folder), "--solutions"])
+    for file, _ in handout.ASSIGNMENTS.values():
+        assert (folder / file).read_text() == (HERE / file).read_text()
+    tests, _ = outcomes(folder, f"({' or '.join(CLAIMS)}) and {QUICK}")
+    assert len(tests) > 15 and {outcome for outcome, _ in tests.values()} == {"PASSED"}
+
+
+@pytest.mark.parametrize("number, name", [(number, name) for number, (_, name)
+                                          in handout.ASSIGNMENTS.items()])
+def test_every_assignment_has_tests_that_bear_its_name(number, name):
+    tests = re.findall(r"^def (test_\w+)", (HERE / "test_le.py").read_text(), re.M)
+    assert any(name in test for test in tests)
+
+
+# -- README ----------------------------------------------------------------------------------------
+
+def test_readme_commands_are_understood():
+    """Every command in the READMEs is one that the programs know."""
+    text = (HERE / "README.md").read_text() + (HERE / "studies" / "README.md").read_text()
+    start = r"(?:python|torchrun --nproc_per_node=\d+) "
+    commands = re.findall(rf"^    {start}(.*?)(?:  .*)?$", text, re.M)
+    commands += re.findall(rf"`{start}([^`]*)`", text)
+    assert len(commands) > 15
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        if program == "train.py" and arguments != ["--help"]:
+            train.parse(arguments)
+        elif program == "train.py":
+            assert set(train.every_option()) > set(train.DEFAULTS)
+        elif arguments[0].startswith("studies."):
+            assert (HERE / "studies" / f"{arguments[0].split('.')[1]}.py").exists(), command
+        else:
+            assert arguments[0] == "pytest", command
+
+
+def test_readme_counts_the_lines_of_each_file():
+    readme = (HERE / "README.md").read_text()
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M):
+        counted = len((HERE / name).read_text().splitlines())
+        assert abs(counted - int(lines)) <= 10, f"README.md: {name} has {counted} lines"
