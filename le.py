@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 
 from unet import (DEVICE, PROCESSES, RANK, BadInput, mixed_precision, posterior, predict_x0,
-                  q_sample, said, seed_of, sigma, visited_levels)
+                  q_sample, read, said, seed_of, sigma, visited_levels)
 
 BATCH = 512 if DEVICE == "cuda" else 32                    # images purified at once
 
@@ -225,8 +226,10 @@ def as_float(images):
 @contextmanager
 def one_line_errors(program):
     """Within, what a user can mend ends the program with one line and exit code 2."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")      # a terminal need not know every letter
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):                 # a notebook's stream is another
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every letter
     try:
         yield
     except (BadInput, OSError) as error:
@@ -276,7 +279,18 @@ def download(address, path):
         raise BadInput(f"{address[0]}: {error}; fetch it elsewhere and put it at {path}") from None
 
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+          ".ppm", ".pgm")
+
+
+def image_files(folder):
+    """The files under a folder that are images by their names, sorted, and how many are not. What
+    begins with a dot is of a notebook or of a file system, and does not count."""
+    paths = [path for path in sorted(Path(folder).rglob("*"))
+             if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    files = [path for path in paths if path.is_file()]
+    images = [path for path in files if path.suffix.lower() in IMAGES]
+    return images, len(files) - len(images)
 
 
 def open_image(path):
@@ -301,6 +315,58 @@ def open_image(path):
 def pixels_of(image):
     """A Pillow image as a tensor (3, H, W) in [0, 1]."""
     return as_float(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+
+
+ARRAYS = (".npy", ".npz", ".pt", ".pth")
+
+
+def read_arrays(path):
+    """{key: array} of what is in a .npy, .npz, .pt or .pth file; "" is the key of a lone array.
+
+    No file is allowed to run code. Raises BadInput.
+    """
+    try:
+        if Path(path).suffix in (".pt", ".pth"):
+            found = read(path)
+        else:
+            found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.lib.npyio.NpzFile):
+            return dict(found.items())
+        if not isinstance(found, dict):
+            found = {"": found}
+        return {str(key): value.detach().to_dense().numpy() if isinstance(value, torch.Tensor)
+                else np.asarray(value) for key, value in found.items()}
+    except BadInput:
+        raise
+    except Exception as error:                             # numpy and zipfile raise many kinds
+        raise BadInput(f"{path}: not a readable file of arrays ({type(error).__name__})") from None
+
+
+def channels_second(array, last):
+    """An array (N, 3, H, W) or (N, H, W, 3) as a tensor (N, 3, H, W), None if it is neither. `last`
+    says which one it is where it could be either."""
+    shape = array.shape
+    if len(shape) != 4 or not array.size or 3 not in (shape[1], shape[3]):
+        return None
+    is_last = shape[3] == 3 and (last or shape[1] != 3)
+    return torch.from_numpy(np.moveaxis(array, 3, 1) if is_last else array)
+
+
+def images_of(array, last=True):
+    """The images (N, 3, H, W) in [0, 1] that an array holds, 8-bit or in [0, 1]; else None."""
+    x = channels_second(array, last)
+    if x is None or not (x.dtype == torch.uint8 or x.is_floating_point()):
+        return None
+    if x.dtype == torch.uint8:
+        return as_float(x)
+    return x.float() if 0 <= x.min() <= x.max() <= 1 else None
+
+
+def described(array):
+    """What an array is, for a message: its type, its shape and its range."""
+    if not array.size or array.dtype.kind not in "biuf":
+        return f"{array.dtype}, {array.shape}"
+    return f"{array.dtype}, {array.shape}, {array.min():.3g} to {array.max():.3g}"
 
 
 class Parser(argparse.ArgumentParser):

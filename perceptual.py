@@ -104,10 +104,14 @@ def load(path, lpips=None):
     `lpips` is a file with LPIPS's linear layers, version 0.1; without it every channel counts the
     same. Raises BadInput if a file is something else, naming the first key that differs.
     """
-    vgg, weights = unfilled(path, VGG)
-    if "classifier.weight" not in weights:                 # torchvision's has three layers more
-        vgg.classifier = nn.Identity()                     # the distance needs no class scores
-        weights = {k: w for k, w in weights.items() if not str(k).startswith("classifier.")}
+    vgg, weights, released = unfilled(path, VGG)
+    if released:                                           # the distance needs no class scores
+        vgg.classifier = nn.Identity()
+        scores = {k: w for k, w in weights.items() if str(k).startswith("classifier.")}
+        if any(isinstance(w, torch.Tensor) and w.isnan().any() for w in scores.values()):
+            raise BadInput(f"{path}: its classifier is NaN, as in torchvision's vgg16_features, "
+                           "which has another normalisation; expected vgg16-397923af.pth")
+        weights = {k: w for k, w in weights.items() if k not in scores}
     fit_weights(path, vgg, weights)
     if not lpips:
         return PerceptualDistance(vgg)
@@ -115,4 +119,7 @@ def load(path, lpips=None):
     names = [f"lin{i}.model.1.weight" for i in range(5)]
     if not isinstance(layers, dict) or not set(names) <= set(layers):
         raise BadInput(f"{lpips}: not LPIPS's linear layers; expected {names[0]} to {names[-1]}")
-    return PerceptualDistance(vgg, [layers[name].flatten() for name in names])
+    try:
+        return PerceptualDistance(vgg, [layers[name].flatten() for name in names])
+    except BadInput as error:
+        raise BadInput(f"{lpips}: {error}") from None

@@ -265,6 +265,31 @@ def test_load_unet_reads_bare_weights_of_the_released_layout(tmp_path, monkeypat
     same(unet.load(tmp_path / "diffusion_pytorch_model.bin")(x, 7), net(x, 7))
 
 
+def test_load_unet_reads_diffusers_names_of_today_and_refuses_other_settings(
+        tmp_path, monkeypatch, capsys):
+    defaults = (8, (1, 2), 1, (16,), 0.0, 2, 32, T)
+    monkeypatch.setattr(UNet.__init__, "__defaults__", defaults)
+    net, x, file = awake(UNet()), torch.randn(1, 3, 32, 32), tmp_path / "weights.bin"
+    weights = net.state_dict()
+    for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
+                         ("proj_attn", "to_out.0")):
+        weights = {name.replace(f".{ours}.", f".{theirs}."): w for name, w in weights.items()}
+    torch.save(weights, file)
+    same(unet.load(file)(x, 7), net(x, 7))
+    assert "no config.json beside it" in capsys.readouterr().out
+    config = {name: ours for name, (ours, _) in unet.SETTINGS.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same(unet.load(file)(x, 7), net(x, 7))
+    for change in (dict(flip_sin_to_cos=True), dict(attention_head_dim=8)):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(BadInput, match=f"config.json: {next(iter(change))} is .*, expected"):
+            unet.load(file)
+    del config["freq_shift"]                               # then diffusers takes its own default
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="config.json: freq_shift is 0, expected 1"):
+        unet.load(file)
+
+
 def test_save_leaves_nothing_behind_on_a_full_disk(tmp_path, monkeypatch):
     def full(checkpoint, path):
         Path(path).write_bytes(b"half")
@@ -399,6 +424,14 @@ def test_load_perceptual_reads_torchvisions_vgg16_and_lpips_layers(tmp_path, mon
         perceptual.load(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth")
     with pytest.raises(BadInput, match="features.0.weight"):
         perceptual.load(tmp_path / "lpips.pth")
+    layers["lin0.model.1.weight"] = layers["lin0.model.1.weight"][:, :3]
+    torch.save(layers, tmp_path / "narrow.pth")
+    with pytest.raises(BadInput, match="narrow.pth: need .* weights for"):
+        perceptual.load(tmp_path / "vgg16.pth", tmp_path / "narrow.pth")
+    features = released | {"classifier.0.weight": torch.full((1,), math.nan)}
+    torch.save(features, tmp_path / "vgg16_features.pth")  # torchvision's other VGG-16
+    with pytest.raises(BadInput, match="vgg16_features.pth: its classifier is NaN"):
+        perceptual.load(tmp_path / "vgg16_features.pth")
 
 
 def test_load_perceptual_refuses_a_U_Net(tmp_path):
@@ -1251,9 +1284,11 @@ def test_main_interrupted_shows_no_traceback_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, HERE / "train.py", "ddpm", *SMALL[2:], "--images.protected", "10",
                "--images.unprotected", "10", "--ddpm.steps", "1000000", "--out", tmp_path / "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    process.stderr.readline()                              # the first progress line
+    said = ""
+    while "ddpm: " not in said and (line := process.stderr.readline()):  # a progress line
+        said += line
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said += process.communicate(timeout=60)[1]
     assert "Traceback" not in said, said
     assert process.returncode == 130 and "goes on from here" in said
 

@@ -38,9 +38,10 @@ from torch import nn
 import perceptual
 import unet
 from attacks import (EPSILON, PROTECTIONS, VICTIMS, VIEWS, ResNet, Victim, class_scores, fit,
-                     published, victim_of)
+                     publish, published, victim_of)
 from le import (IMAGES, PURIFIERS, SAMPLERS, Parser, Progress, Sampler, all_here, as_bytes,
-                as_float, divided, download, one_line_errors, open_image, pixels_of, processes)
+                as_float, channels_second, described, divided, download, image_files, images_of,
+                one_line_errors, open_image, pixels_of, processes, read_arrays)
 from perceptual import VGG
 from unet import DEVICE, PROCESSES, RANK, BadInput, UNet, on_device, said, train_unet
 
@@ -55,6 +56,8 @@ def named(prefix, values):
 DEFAULTS = {
     "data": "shapes",              # shapes, cifar10, or a folder of class folders
     "root": "runs/cifar-10-binary.tar.gz",  # the official archive, for --data cifar10
+    "published": "",               # others' UEs or perturbations of the first training images
+    "unprotected": "",             # beside them: a folder of class folders, or test
     "out": "",                     # where results are kept; a folder in runs/ if empty
     "seed": 0,                     # of the images, the networks and the noise
     "evaluate": "test",            # clean images that judge: test, or validation while tuning
@@ -186,6 +189,8 @@ def train_vgg(c, sets):
 
 def protect(c, name, sets):
     """The unlearnable examples (N, 3, H, W) that a protection makes of the protected images."""
+    if name == "published":
+        return sets["published"][0]
     protection, how = PROTECTIONS[name], dict(c.noise.get(name, {}))
     if protection.start:
         how["start"] = on_device(protect(c, protection.start, sets))
@@ -205,13 +210,21 @@ def make_learnable(c, name, ue, net, distance):
 
 def judge(c, name, sets, ue, le):
     """A row of the table, by --victim, or by the victim that the protection is made against."""
-    kind, images = c.victim or PROTECTIONS[name].victim, sets["protected"][0]
-    clean = train_victim(c, kind, "clean", images, sets)
-    on_ue = train_victim(c, kind, f"{name}-ue", ue, sets)
-    on_le = train_victim(c, kind, f"{name}-le", le, sets)
-    return dict(protection=name, clean=round(clean, 2), ue=round(on_ue, 2), le=round(on_le, 2),
-                recovery=recovery(clean, on_ue, on_le),
-                psnr_ue=round(psnr(ue, images), 2), psnr_le=round(psnr(le, images), 2))
+    kind, images = kind_of(c, name), sets["protected"][0]
+    row = dict(protection=name)
+    if images is not None:
+        row["clean"] = train_victim(c, kind, "clean", images, sets)
+    row["ue"] = train_victim(c, kind, f"{name}-ue", ue, sets)
+    row["le"] = train_victim(c, kind, f"{name}-le", le, sets)
+    if images is not None:
+        row["recovery"] = recovery(row["clean"], row["ue"], row["le"])
+        row |= dict(psnr_ue=psnr(ue, images), psnr_le=psnr(le, images))
+    return row
+
+
+def kind_of(c, name):
+    """Which victim judges a protection."""
+    return c.victim or ("classifier" if name == "published" else PROTECTIONS[name].victim)
 
 
 def train_victim(c, kind, name, images, sets):
@@ -294,16 +307,18 @@ def psnr(x, y):
 
 def recovery(clean, ue, le):
     """Share of what UEs took from a victim that LEs give back; None if that is a point or less."""
-    return round((le - ue) / (clean - ue), 3) if clean - ue > 1 else None
+    return (le - ue) / (clean - ue) if clean - ue > 1 else None
 
 
 def table(rows):
-    """The rows of `judge` as a Markdown table."""
+    """The rows of `judge` as a Markdown table; what nobody can know is a dash."""
+    columns = dict(clean="{:.1f}", ue="{:.1f}", le="{:.1f}", recovery="{:.2f}",
+                   psnr_ue="{:.1f} dB", psnr_le="{:.1f} dB")
     lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---" * 7 + "|"]
-    for r in rows:
-        share = "-" if r["recovery"] is None else f"{r['recovery']:.2f}"
-        lines.append(f"| {r['protection']} | {r['clean']:.1f} | {r['ue']:.1f} | {r['le']:.1f} "
-                     f"| {share} | {r['psnr_ue']:.1f} dB | {r['psnr_le']:.1f} dB |")
+    for row in rows:
+        cells = ["-" if row.get(key) is None else form.format(row[key])
+                 for key, form in columns.items()]
+        lines.append(f"| {' | '.join([row['protection'], *cells])} |")
     return "\n".join(lines)
 
 
@@ -316,12 +331,13 @@ def side_by_side(sets, images):
     """[(what, images (K, 3, H, W))]: the original of each class; then, of each protection in
     {name: (UEs, LEs)}, the UEs, their noise x16, and the LEs."""
     originals, labels = sets["protected"]
-    places = first_of_each(labels)
-    x = originals[places]
-    rows = [("original", x)]
+    places, rows = first_of_each(labels), []
+    if originals is not None:
+        rows.append(("original", originals[places]))
     for name, (ue, le) in images.items():
         rows.append((f"{name} UE", ue[places]))
-        rows.append(("its noise x16", 0.5 + 16 * (ue[places] - x)))
+        if originals is not None:
+            rows.append(("its noise x16", 0.5 + 16 * (ue - originals)[places]))
         rows.append((f"{name} LE", le[places]))
     return rows
 
@@ -460,55 +476,179 @@ def cifar10(root):
             for part in (torch.cat(parts[:5]), parts[5])]
 
 
-def folder(root, size):
-    """Images (N, 3, size, size) in [0, 1], labels (N,) and class names, from folders of images.
+def folder(root, size, classes=()):
+    """Images (N, 3, size, size) in [0, 1], their labels (N,) and files, from a folder a class.
 
     Every image is cropped to its central square and resized. Raises BadInput if there are fewer
-    than two classes or a file cannot be read.
+    than two classes, or others than the given ones, or a file cannot be read.
     """
-    images, labels, classes = [], [], []
-    for path in sorted(path for path in Path(root).iterdir() if path.is_dir()):
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
-        for file in files:
-            image = open_image(file).convert("RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-            images.append(pixels_of(image))
-        if files:
-            labels += [len(classes)] * len(files)
-            classes.append(path.name)
-    if len(classes) < 2:
-        raise BadInput(f"--data {root}: expected two or more folders with {', '.join(IMAGES)}")
-    return torch.stack(images), torch.tensor(labels), classes
+    found, left_out = image_files(root)
+    files = [file for file in found if file.parent != Path(root)]
+    names = [file.relative_to(root).parts[0] for file in files]
+    if left_out + len(found) > len(files):
+        print(f"{root}: {left_out + len(found) - len(files)} files that are no images of a class "
+              f"are left out; expected {', '.join(IMAGES)}")
+    if len(set(names)) < 2 or not set(names) <= set(classes or names):
+        raise BadInput(f"{root}: expected two or more folders of images, a class each, "
+                       f"{('named ' + ', '.join(classes)) if classes else ', '.join(IMAGES)}")
+    images = []
+    for file in files:
+        image = open_image(file).convert("RGB")
+        images.append(pixels_of(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
+    classes = classes or sorted(set(names))
+    return torch.stack(images), torch.tensor([classes.index(name) for name in names]), files
+
+
+def classes_in(*folders):
+    """The names of the classes that have a folder in one of these."""
+    names = {path.name for root in folders for path in root.iterdir() if image_files(path)[0]
+             and path.name[0] != "."}
+    return sorted(names)
+
+
+def source(c):
+    """(images, labels) to be divided, the class names, and the sets that the data bring along."""
+    if c.data == "shapes":
+        return shapes(sum(c.images.values()), c.seed, c.size), SHAPES, {}
+    if c.data == "cifar10":
+        pool, (x, y) = cifar10(c.root)
+        n = c.images["test"]
+        if n > len(x):
+            raise BadInput(f"--images.test {n}: {c.root} has {len(x)} test images")
+        return pool, CIFAR10_CLASSES, {"test": (x[:n], y[:n])}
+    root = Path(c.data)
+    if not c.data or not root.is_dir():
+        raise BadInput(f"--data {c.data}: expected shapes, cifar10 or an existing folder")
+    if not {"train", "test"} <= set(os.listdir(root)):
+        classes = classes_in(root)
+        return folder(root, c.size)[:2], classes, {}
+    classes = classes_in(root / "train", root / "test")
+    test = folder(root / "test", c.size, classes)[:2]
+    return folder(root / "train", c.size, classes)[:2], classes, {"test": test}
 
 
 def load_data(c):
-    """The four disjoint sets {name: (images, labels)}, and the class names.
+    """The disjoint sets {name: (images, labels)}, and the class names: protected, unprotected,
+    validation and test; and "published", the UEs, where somebody else has protected the images.
 
     Raises BadInput if there is no such data, or less of it than asked for.
     """
-    counts, sets = dict(c.images), {}
-    if c.data == "shapes":
-        (images, labels), classes = shapes(sum(counts.values()), c.seed, c.size), SHAPES
-    elif c.data == "cifar10":                              # brings its own test images
-        (images, labels), (x, y) = cifar10(c.root)
-        classes, n = CIFAR10_CLASSES, counts.pop("test")
-        sets["test"] = (x[:n], y[:n])
-        if n > len(x):
-            raise BadInput(f"--images.test {n}: {c.root} has {len(x)} test images")
-    elif c.data and Path(c.data).is_dir():
-        images, labels, classes = folder(c.data, c.size)
-        total = sum(counts.values())
-        counts = {name: max(1, n * len(images) // total) for name, n in counts.items()}
+    if is_published(c.data):
+        sets, classes = published_folders(Path(c.data), c.size)
+        counts = dict.fromkeys(("unprotected", "validation"), 0)
+        images, labels = sets.pop("unprotected")
     else:
-        raise BadInput(f"--data {c.data}: expected shapes, cifar10 or an existing folder")
+        (images, labels), classes, sets = source(c)
+        if c.published:
+            images, labels = add_published(c, sets, images, labels)
+        counts = {name: n for name, n in c.images.items() if name not in sets}
+    if c.data not in ("shapes", "cifar10") or c.unprotected:  # in proportion
+        whole = sum(c.images[name] for name in counts)
+        counts = {name: max(1, c.images[name] * len(labels) // whole) for name in counts}
     if sum(counts.values()) > len(images):
         asked = " + ".join(f"{n} {name}" for name, n in counts.items())
-        raise BadInput(f"--data {c.data}: {len(images)} images for {asked}; ask for fewer")
+        raise BadInput(f"--data {c.data}: {len(images)} images for {asked}; ask for fewer"
+                       + ", or give --unprotected" * bool(c.published))
     order = torch.arange(len(images))                      # shapes are independent already
     if c.data != "shapes":
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(c.seed))
     parts = order[:sum(counts.values())].split(list(counts.values()))
-    return sets | {name: (images[p], labels[p]) for name, p in zip(counts, parts)}, classes
+    sets |= {name: (images[part], labels[part]) for name, part in zip(counts, parts)}
+    print(f"{len(classes)} classes, {', '.join(map(str, classes[:10]))}; images: "
+          + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in sets.items()))
+    return sets, classes
+
+
+# -- Data: what somebody else has protected --------------------------------------------------------
+
+def is_published(data):
+    """Is it a folder of three sets, or four with the originals, of which one is protected?"""
+    return all((Path(data) / name).is_dir() for name in ("protected", "unprotected", "test"))
+
+
+def published_folders(root, size):
+    """The sets in such a folder and the class names; the protected images are None without
+    `original`, which has the same names as `protected`."""
+    classes = classes_in(root / "protected", root / "unprotected", root / "test")
+    sets = {name: folder(root / name, size, classes)[:2] for name in ("unprotected", "test")}
+    ue, labels, files = folder(root / "protected", size, classes)
+    originals = None
+    if (root / "original").is_dir():
+        originals, _, others = folder(root / "original", size, classes)
+        here = [file.relative_to(root / "protected").with_suffix("") for file in files]
+        there = [file.relative_to(root / "original").with_suffix("") for file in others]
+        if here != there:
+            raise BadInput(f"{root}/original: expected the names of protected; they differ in "
+                           f"{min(set(here) ^ set(there))}")
+    return sets | {"protected": (originals, labels), "published": (ue, labels)}, classes
+
+
+def add_published(c, sets, images, labels):
+    """Add the UEs in --published to the sets, and their originals, the first of the training set;
+    returns the images and labels from which the other sets may be taken."""
+    ue = published_images(c, images, labels)
+    sets["published"] = ue, labels[:len(ue)]
+    sets["protected"] = images[:len(ue)], labels[:len(ue)]
+    if c.unprotected == "test" and "test" in sets:
+        return sets.pop("test")
+    if c.unprotected:
+        classes = classes_in(Path(c.unprotected))
+        return folder(c.unprotected, c.size, classes)[:2]
+    if len(ue) == len(images):
+        raise BadInput(f"--published {c.published}: all {len(ue)} training images are protected; "
+                       "expected --unprotected FOLDER of classes, or --unprotected test beside it")
+    return images[len(ue):], labels[len(ue):]
+
+
+def published_images(c, images, labels):
+    """The UEs (N, 3, H, W) of the first N training images that --published holds: a folder of
+    0.png, 1.png, ...; an array of images; or one of perturbations, an image's or a class's each.
+
+    Raises BadInput if it is none of these, with what was found.
+    """
+    path, kind = Path(c.published), labels.max() + 1
+    if path.is_dir():
+        files = sorted(image_files(path)[0], key=place_of)
+        arrays = {"": torch.stack([pixels_of(open_image(file)) for file in files]).numpy()}
+    else:
+        arrays = read_arrays(path)
+    for array in arrays.values():
+        noise = perturbation_of(array, path.suffix)
+        ue = images_of(array, last=path.suffix.startswith(".np")) if noise is None else noise
+        if ue is not None and ue.shape[1:] == images.shape[1:]:
+            break
+    else:
+        found = "; ".join(f"{key} {described(array)}".strip() for key, array in arrays.items())
+        raise BadInput(f"{path}: {found}; expected images of {tuple(images.shape[1:])} in 8 bits "
+                       "or [0, 1], or their perturbation, of less than 0.25 in these units")
+    n = c.images["protected"] if noise is not None and len(noise) == kind else len(ue)
+    n = min(n, c.limit or n)
+    if n > len(images):
+        raise BadInput(f"{path}: {n} images, but the training set of {c.data} has {len(images)}")
+    if noise is not None:
+        return publish(images[:n], noise[labels[:n]] if len(noise) == kind else noise[:n])
+    ue = ue[:n]
+    apart, strangers = [(ue - other).abs().mean() for other in (images[:n], images[:n].roll(1, 0))]
+    if n > 1 and apart > 0.7 * strangers:
+        raise BadInput(f"{path}: its images are not the first of the training set of {c.data}, in "
+                       f"its order: they differ by {255 * apart:.0f}/255 on average")
+    return ue
+
+
+def place_of(file):
+    """The place of an image in the training set, which its name says."""
+    if not file.stem.isdecimal():
+        raise BadInput(f"{file}: expected 0.png, 1.png, ..., by the order of the training set")
+    return int(file.stem)
+
+
+def perturbation_of(array, suffix):
+    """The perturbation (M, 3, H, W) that an array holds, in [0, 1] units or as int8; else None."""
+    x = channels_second(array, last=suffix.startswith(".np"))
+    if x is None or not (x.dtype == torch.int8 or x.is_floating_point()):
+        return None
+    x = x / 255 if x.dtype == torch.int8 else x.float()
+    return x if x.abs().max() < 0.25 else None
 
 
 # -- What is kept: a result, beside hashes of its inputs and of the files that its code is in ------
@@ -712,12 +852,15 @@ def parse(argv):
         if given[option] is not None:
             options[option] = value_of(option, default, given[option])
     limit = options["limit"]
-    for option, value in options.items():
-        if limit and option.rpartition(".")[2] in SHORTENED and option != "sampler.steps":
-            options[option] = min(value, limit)
+    shortened = [option for option in options if limit and option != "sampler.steps"
+                 and "." in option and option.rpartition(".")[2] in SHORTENED]
+    options |= {option: min(options[option], limit) for option in shortened}
     c = nested(options)
+    if c.published or is_published(c.data):
+        c.protections = ("published",)
     check(c, options)
-    parts = [Path(c.data).resolve().name, given["config"], f"limit{limit}" * bool(limit)]
+    parts = [Path(c.data).resolve().name, given["config"], f"limit{limit}" * bool(limit),
+             Path(c.published).stem]
     c.run = Path(c.out or "runs/" + "-".join(filter(None, parts)))
     return given["stage"], given["download"], c
 
@@ -755,8 +898,10 @@ def check(c, options):
             # below 8, oneDNN (torch 2.13.0) errs in gradients of strides where AVX2 is the best
             ("resnet.widths", min(c.resnet["widths"], default=0) >= 8, "8 or more each"),
             ("root", c.root == DEFAULTS["root"] or c.data == "cifar10", "--data cifar10 beside it"),
-            ("protections", c.protections and set(c.protections) <= set(PROTECTIONS),
+            ("protections", c.protections and set(c.protections) <= {*PROTECTIONS, "published"},
              ",".join(PROTECTIONS)),
+            ("unprotected", c.published or not c.unprotected, "--published beside it"),
+            ("published", not c.published or Path(c.published).exists(), "a file or folder"),
             ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"],
              f"at most --ddpm.levels, {c.ddpm['levels']}, which the U-Net learns")):
         if not fits:

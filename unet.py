@@ -5,6 +5,7 @@ the other files need as well, devices and checkpoints, is at the end.
 Images in this file are in [-1, 1], (B, 3, H, W); t counts the noise levels 1..T, 0 is no noise.
 """
 import copy
+import json
 import math
 import os
 import time
@@ -388,8 +389,8 @@ def read(path):
     except OSError:
         raise
     except Exception as error:                             # torch raises several kinds
-        raise BadInput(f"{path}: not a whole file of tensors written by torch.save "
-                       f"({type(error).__name__})") from None
+        why = said(error) if Path(path).suffix == ".safetensors" else type(error).__name__
+        raise BadInput(f"{path}: not a whole file of tensors ({why})") from None
 
 
 def fit_weights(path, net, weights):
@@ -406,12 +407,11 @@ def fit_weights(path, net, weights):
 
 
 def unfilled(path, architecture):
-    """The network that a checkpoint describes, its own weights to come, and these weights.
-
-    Bare weights, as others release them, are those of the architecture's defaults.
-    """
+    """The network that a checkpoint describes, its own weights to come; these weights; and whether
+    they are bare, as others release them, and so taken for those of the architecture's defaults."""
     checkpoint = read(path)
-    if not isinstance(checkpoint, dict) or "weights" not in checkpoint:
+    bare = not isinstance(checkpoint, dict) or "weights" not in checkpoint
+    if bare:
         checkpoint = dict(config={}, weights=checkpoint)
     weights = checkpoint["weights"]
     if not isinstance(weights, dict):
@@ -421,12 +421,45 @@ def unfilled(path, architecture):
     except Exception as error:                             # whatever a stranger's values lead to
         raise BadInput(f"{path}: not the configuration of a {architecture.__name__} "
                        f"({said(error)})") from None
-    return net, weights
+    return net, weights, bare
+
+
+# Released weights, of the library diffusers: what it calls the layers of attention today
+RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+# and its names of what this U-Net does, with its own defaults; shapes show the rest
+SETTINGS = {
+    "act_fn": ("silu", "silu"), "attention_head_dim": (None, 8), "freq_shift": (1, 0),
+    "center_input_sample": (False, False), "downsample_padding": (0, 1), "norm_eps": (1e-6, 1e-5),
+    "flip_sin_to_cos": (False, True), "mid_block_scale_factor": (1, 1),
+    "norm_num_groups": (32, 32), "resnet_time_scale_shift": ("default", "default"),
+    "time_embedding_type": ("positional", "positional")}
+
+
+def check_settings(path):
+    """Raise BadInput where the config.json beside released weights has other settings than this
+    U-Net, which the weights do not show. Where there is none, say what is assumed."""
+    beside = Path(path).with_name("config.json")
+    if not beside.exists():
+        print(f"{path}: no config.json beside it; assumed are the settings of ddpm-cifar10-32")
+        return
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+        theirs = {name: config.get(name, default) for name, (_, default) in SETTINGS.items()}
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{beside}: not a configuration ({said(error)})") from None
+    for name, (ours, _) in SETTINGS.items():
+        if theirs[name] != ours:
+            raise BadInput(f"{beside}: {name} is {theirs[name]}, expected {ours}")
 
 
 def load(path):
-    """The U-Net in a checkpoint of `train.py`, or in google/ddpm-cifar10-32
-    (diffusion_pytorch_model.bin). Raises BadInput, naming the first key that differs, if not."""
-    net, weights = unfilled(path, UNet)
+    """The U-Net in a checkpoint of `train.py`, or in google/ddpm-cifar10-32 or another of its kind
+    (diffusion_pytorch_model.bin or .safetensors). Raises BadInput, naming what differs, if not."""
+    net, weights, released = unfilled(path, UNet)
+    if released:
+        for new, old in RENAMED.items():
+            weights = {str(key).replace(f".{new}.", f".{old}."): w for key, w in weights.items()}
     fit_weights(path, net, weights)
+    if released:
+        check_settings(path)
     return net.eval().requires_grad_(False)

@@ -1,5 +1,6 @@
-"""Arrays of images, of any size and in files: .npy and .npz (uint8, N x H x W x 3; an .npz's images
-are under `data`, its other arrays are copied), .pt (a tensor N x 3 x H x W, uint8 or in [0, 1])."""
+"""Arrays of images, of any size and in files: .npy, .npz and .pt. Images are what looks like them,
+whatever its key: 8-bit N x H x W x 3, N x 3 x H x W, or grey N x H x W, or in [0, 1] with channels.
+What else is in a file is copied."""
 import io
 import time
 from dataclasses import replace
@@ -9,7 +10,9 @@ import torch
 
 import le
 import unet
-from le import BATCH, BadInput, Progress, as_bytes, as_float, seed_of
+from attacks import luma
+from le import (BATCH, BadInput, Progress, as_bytes, as_float, described, images_of, read_arrays,
+                seed_of)
 from train import hashes
 
 # -- Images of any size ----------------------------------------------------------------------------
@@ -57,49 +60,48 @@ def purify_any(net, distance, images, sampler, seeds, tile=128, overlap=16):
 
 # -- Arrays in files -------------------------------------------------------------------------------
 
-ARRAYS = (".npy", ".npz", ".pt")
+def is_grey(array):
+    """8-bit images (N, H, W)."""
+    return array.ndim == 3 and array.dtype == np.uint8 and array.size
 
 
-def read_array(path):
-    """Images (N, 3, H, W) in [0, 1] in a file, and the other arrays of an .npz.
+def images_in(path):
+    """All arrays of a file, and {key: images (N, 3, H, W) in [0, 1]} of those that hold some.
 
-    Raises BadInput, with what was found. No file is allowed to run code.
+    Raises BadInput, with what was found, if there are none.
     """
-    others = {}
-    try:
-        data = unet.read(path) if path.suffix == ".pt" else np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
-            others = {name: data[name] for name in data.files}
-            data = others.pop("data")
-            if "file" in others:                           # np.savez could not write it
-                raise ValueError("an array named file")
-        data = torch.as_tensor(data).detach().to_dense()
-    except BadInput:
-        raise
-    except Exception as error:                             # numpy and zipfile raise many kinds
-        raise BadInput(f"{path}: not a readable {path.suffix} file of images "
-                       f"({type(error).__name__})") from None
-    if path.suffix != ".pt" and data.ndim == 4:
-        data = data.permute(0, 3, 1, 2)
-    shaped = data.ndim == 4 and data.shape[1] == 3 and data.numel()
-    if shaped and data.dtype == torch.uint8:
-        return as_float(data).contiguous(), others
-    if shaped and path.suffix == ".pt" and data.is_floating_point():
-        if 0 <= data.min() <= data.max() <= 1:
-            return data.float().contiguous(), others
-    raise BadInput(f"{path}: {data.dtype}, {tuple(data.shape)}; expected 8-bit images, "
-                   "N x H x W x 3 (.npy, .npz) or N x 3 x H x W (.pt, or those in [0, 1])")
+    arrays, images = read_arrays(path), {}
+    for key, array in arrays.items():
+        whole = np.repeat(array[..., None], 3, 3) if is_grey(array) else array
+        found = images_of(whole, last=path.suffix.startswith(".np"))
+        if found is not None:
+            images[key] = found.contiguous()
+    if not images:
+        found = "; ".join(f"{key} {described(array)}".strip() for key, array in arrays.items())
+        raise BadInput(f"{path}: {found}; expected 8-bit images, N x H x W x 3, N x 3 x H x W or "
+                       "grey N x H x W, or images in [0, 1]")
+    return arrays, images
 
 
-def write_array(path, images, others):
-    """Images (N, 3, H, W) in [0, 1], and the other arrays of an .npz, as 8 bits."""
-    content, data = io.BytesIO(), as_bytes(images)
-    if path.suffix == ".pt":
-        torch.save(data, content)
-    elif path.suffix == ".npz":
-        np.savez(content, data=data.permute(0, 2, 3, 1).numpy(), **others)
+def written(array, images, last):
+    """Images (N, 3, H, W) in [0, 1] as 8 bits, with the axes that an array has."""
+    if is_grey(array):
+        return as_bytes(luma(images))[:, 0].numpy()
+    made = as_bytes(images).numpy()
+    is_last = array.shape[3] == 3 and (last or array.shape[1] != 3)
+    return np.ascontiguousarray(np.moveaxis(made, 1, 3)) if is_last else made
+
+
+def write_arrays(path, arrays):
+    """Write arrays to a file, as `read_arrays` gives them."""
+    content = io.BytesIO()
+    if path.suffix == ".npz":
+        np.savez(content, **arrays)
+    elif path.suffix == ".npy":
+        np.save(content, arrays[""])
     else:
-        np.save(content, data.permute(0, 2, 3, 1).numpy())
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        torch.save(tensors.get("", tensors), content)
     with unet.whole(path) as partial:
         partial.write_bytes(content.getvalue())
 
@@ -109,17 +111,27 @@ def purify_array(source, out, clean, seed, settings, save_every=30):
 
     What an interrupted run had done is in a file whose name belongs to its input and settings.
     """
-    images, others = read_array(source)
-    key = hashes(dict(made=[images, seed, settings]))["made"]
+    arrays, images = images_in(source)
+    if "file" in arrays and source.suffix == ".npz":
+        raise BadInput(f"{source}: an array named file, which numpy cannot write")
+    key = hashes(dict(made=[arrays, seed, settings]))["made"]
     partial = out.with_name(f"{out.name}.{key[:8]}.partial")
-    done = unet.read(partial) if partial.exists() else images[:0]
-    written, report = time.time(), Progress("purify")
-    for i in range(len(done), len(images), BATCH):
-        batch = images[i:i + BATCH]
-        done = torch.cat([done, clean(batch, [seed_of(seed, i + k) for k in range(len(batch))])])
-        report(len(done), len(images))
-        if time.time() - written > save_every:
-            unet.save(partial, done)
-            written = time.time()
-    write_array(out, done, others)
+    done = unet.read(partial) if partial.exists() else {}
+    written_at, report = time.time(), Progress("purify")
+    total, place = sum(map(len, images.values())), 0
+    for key, x in images.items():
+        made = done.get(key, x[:0])
+        size = max(1, BATCH * 32 ** 2 // x[0, 0].numel())  # by pixels, as memory is
+        for i in range(len(made), len(x), size):
+            batch = x[i:i + size]
+            seeds = [seed_of(seed, place + i + k) for k in range(len(batch))]
+            done[key] = made = torch.cat([made, clean(batch, seeds)])
+            report(place + len(made), total)
+            if time.time() - written_at > save_every:
+                unet.save(partial, done)
+                written_at = time.time()
+        place += len(x)
+    last = source.suffix.startswith(".np")
+    made = {key: written(arrays[key], x, last) for key, x in done.items()}
+    write_arrays(out, arrays | made)
     partial.unlink(missing_ok=True)

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 import le
 import train
 import unet
-from attacks import PROTECTIONS
 from unet import on_device
 from studies.drawing import beside, grid, plot, plot_columns
 from studies.protections import register
@@ -30,7 +29,7 @@ from studies.run import network_of, networks, opened, parser_of, versions
 
 def against(c, kind):
     """The protections of the run that are made against a kind of victim."""
-    return [name for name in c.protections if PROTECTIONS[name].victim == kind]
+    return [name for name in c.protections if train.kind_of(c, name) == kind]
 
 
 def versions_of(c, sets, names):

@@ -21,8 +21,8 @@ from PIL import Image
 import le
 import perceptual
 import unet
-from le import BATCH, BadInput, Progress, Sampler, as_bytes, open_image
-from studies.arrays import ARRAYS, purify_any, purify_array
+from le import ARRAYS, BATCH, BadInput, Progress, Sampler, as_bytes, open_image
+from studies.arrays import purify_any, purify_array
 from unet import on_device
 
 
@@ -37,8 +37,9 @@ def pairs(source, out):
     found, left_out = {}, []
     for folder, folders, names in os.walk(source, onerror=refuse):
         here = Path(folder)
+        folders[:] = [name for name in folders if name[0] != "."]  # of a notebook, or a system
         left_out += [here / name for name in folders if (here / name).is_symlink()]
-        for file in [here / name for name in names]:
+        for file in [here / name for name in names if name[0] != "."]:
             if file.suffix.lower() not in le.IMAGES:
                 left_out.append(file)
                 continue

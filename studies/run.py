@@ -29,6 +29,8 @@ def opened(parser, argv, alone=()):
         if not (c.run / "ddpm.pt").exists() and getattr(options, "name", "") not in alone:
             raise BadInput(f"{c.run}: no run yet; first `python train.py` with the same options")
         data = train.load_data(c)
+        if data[0]["protected"][0] is None:
+            raise BadInput(f"--data {c.data}: studies need the originals of the protected images")
         train.claim(c)
         yield options, c, *data
 

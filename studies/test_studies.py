@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from studies import arrays, contrastive, handout, opponents, pictures, scenarios
 from studies import purify as own_images
 from studies.grading import CLAIMS
 from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, checkpoint, configured,
-                     images, nets, refusal, same, seeded, silent, small_run)
+                     copy_of_the_project, images, nets, refusal, same, seeded, silent, small_run)
 from unet import UNet, on_device
 
 CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
@@ -120,19 +121,163 @@ def class_folders(root, per_class=12, size=(40, 36)):
 
 
 def test_folder_crops_resizes_and_labels(tmp_path):
-    x, y, classes = train.folder(class_folders(tmp_path / "pets"), 32)
+    pets = class_folders(tmp_path / "pets")
+    x, y, files = train.folder(pets, 32)
     assert x.shape == (24, 3, 32, 32) and y.tolist() == [0] * 12 + [1] * 12
-    assert classes == ["cat", "dog"]
+    assert files[0] == pets / "cat" / "0.jpg" and train.classes_in(pets) == ["cat", "dog"]
     assert (x[0].mean((1, 2)) * 255 - torch.tensor([200, 30, 30])).abs().max() < 3  # JPEG
 
 
-def test_folder_names_what_it_cannot_use(tmp_path):
+def test_folder_says_what_it_leaves_out_and_names_what_it_cannot_use(tmp_path, capsys):
     pets = class_folders(tmp_path / "pets")
+    (pets / "notes.txt").write_text("not an image")
+    (pets / ".ipynb_checkpoints").mkdir()                  # a notebook's, and a Mac's
+    shutil.copy(pets / "cat" / "0.jpg", pets / ".ipynb_checkpoints")
+    (pets / "cat" / "._0.jpg").write_bytes(b"no image")
+    assert len(train.folder(pets, 32)[0]) == 24
+    assert "pets: 1 files that are no images" in capsys.readouterr().out
     (pets / "cat" / "bad.png").write_bytes(b"not an image")
     with pytest.raises(BadInput, match="bad.png"):
         train.folder(pets, 32)
     with pytest.raises(BadInput, match="two or more"):
         train.folder(pets / "cat", 32)
+    with pytest.raises(BadInput, match="named cat, bird"):
+        train.folder(pets, 32, ["cat", "bird"])
+
+
+def test_load_data_judges_on_the_test_folder_where_there_is_one(tmp_path, capsys):
+    class_folders(tmp_path / "train", 24)
+    class_folders(tmp_path / "test", 3)
+    sets, classes = train.load_data(configured("--data", tmp_path))
+    assert len(sets["test"][1]) == 6 and len(sets["protected"][1]) > 10 and classes == ["cat", "dog"]
+    assert "2 classes, cat, dog; images: 6 test, " in capsys.readouterr().out
+
+
+def noisy_folders(root, originals):
+    """A folder as somebody has who protects: UEs, others, clean test images, perhaps originals."""
+    for name, count in (("unprotected", 12), ("test", 3), ("original", 6)):
+        class_folders(root / name, count)
+    for file in (root / "original").rglob("*.*"):
+        ue = root / "protected" / file.relative_to(root / "original").with_suffix(".png")
+        ue.parent.mkdir(parents=True, exist_ok=True)
+        Image.eval(Image.open(file), lambda level: min(255, level + 5)).save(ue)
+    if not originals:
+        shutil.rmtree(root / "original")
+    return root
+
+
+@pytest.mark.parametrize("originals", [True, False])
+def test_main_judges_what_lies_in_a_folder_of_protected_images(tmp_path, originals, capsys):
+    root = noisy_folders(tmp_path / "mine", originals)
+    train.main(["--data", str(root), *SMALL[:10], "--unet.attention", "", "--ddpm.levels", "200",
+                "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    row = re.search(r"^\| published \| (.*) \|$", said, re.M)[1].split(" | ")
+    assert [cell == "-" for cell in row[:1] + row[4:]] == [not originals] * 3
+    assert all(0 <= float(cell) <= 100 for cell in row[1:3]) and "12 protected" in said
+    with pytest.raises(BadInput, match="they differ in"):
+        (root / "protected" / "cat" / "0.png").rename(root / "protected" / "cat" / "new.png")
+        shutil.copytree(root / "protected", root / "original", dirs_exist_ok=True)
+        (root / "original" / "cat" / "new.png").rename(root / "original" / "cat" / "old.png")
+        train.load_data(configured("--data", root))
+
+
+# -- UEs that somebody else has published ----------------------------------------------------------
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Options that name an archive of 100 training and 20 test images, and the first 40 of these."""
+    files, data = cifar10_files()
+    root = write_cifar10(tmp_path / "c.tar.gz", files)
+    (x, y), _ = train.cifar10(root)
+    return ["--data", "cifar10", "--root", root, *asked_for(40, 30, 20, 15)], x[:40], y[:40]
+
+
+def stored(path, array):
+    """An array in a file of the kind that its name says."""
+    if path.suffix == ".pt":
+        torch.save(torch.as_tensor(array), path)
+    elif path.suffix == ".npz":
+        np.savez(path, labels=np.arange(3), data=array)
+    else:
+        np.save(path, array)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".npz"])
+@pytest.mark.parametrize("kind", ["float", "int8", "class-wise", "bytes", "images"])
+def test_load_data_reads_published_perturbations_and_UEs_in_the_order_of_the_set(
+        tmp_path, cifar, suffix, kind):
+    options, x, y = cifar
+    steps = torch.randint(-8, 9, (10 if kind == "class-wise" else 40, 3, 32, 32))
+    noise = steps[y] if kind == "class-wise" else steps
+    ue = attacks.publish(x, noise / 255)
+    content = {"float": steps / 255, "int8": steps.to(torch.int8), "class-wise": steps / 255,
+               "bytes": le.as_bytes(ue), "images": ue}[kind]
+    if suffix != ".pt":
+        content = content.permute(0, 2, 3, 1)
+    file = stored(tmp_path / f"ue{suffix}", content.numpy())
+    sets, _ = train.load_data(configured(*options, "--published", file))
+    same(sets["protected"][0], x)
+    torch.testing.assert_close(sets["published"][0], ue, rtol=0, atol=1e-6)
+    assert torch.equal(sets["published"][1], y) and len(sets["unprotected"][1]) == 30
+    others = {image.numpy().tobytes() for name in ("unprotected", "validation")
+              for image in sets[name][0]}
+    assert len(others) == 50 and not others & {image.numpy().tobytes() for image in x}
+
+
+def test_load_data_reads_a_folder_of_numbered_images_by_their_numbers(tmp_path, cifar):
+    options, x, y = cifar
+    (tmp_path / "ue").mkdir()
+    for i, pixels in enumerate(le.as_bytes(x[:12]).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(pixels).save(tmp_path / "ue" / f"{i}.png")  # 10.png lies before 2.png
+    sets, _ = train.load_data(configured(*options, "--published", tmp_path / "ue"))
+    same(sets["published"][0], x[:12])
+    (tmp_path / "ue" / "cat.png").write_bytes((tmp_path / "ue" / "0.png").read_bytes())
+    with pytest.raises(BadInput, match="cat.png: expected 0.png, 1.png"):
+        train.load_data(configured(*options, "--published", tmp_path / "ue"))
+
+
+@pytest.mark.parametrize("content, message", [
+    (torch.rand(40, 3, 32, 32) * 300, r"float32, \(40, 3, 32, 32\), .* to 3\d\d; expected images"),
+    (torch.rand(40, 3, 32, 32) * 2 - 1, "-1 to 1; expected images"),  # of a budget not said
+    (torch.rand(40, 3, 28, 28), r"\(40, 3, 28, 28\)"),
+    (torch.rand(200, 3, 32, 32) / 50, "200 images, but the training set of cifar10 has 100"),
+    (torch.rand(40, 3, 32, 32), "not the first of the training set .* in its order"),
+    (torch.rand(100, 3, 32, 32) / 50, "all 100 training images are protected; expected --unpro"),
+])
+def test_load_data_says_what_a_published_file_holds_that_is_neither(tmp_path, cifar, content,
+                                                                    message):
+    file = stored(tmp_path / "ue.pt", content)
+    with pytest.raises(BadInput, match=f"ue.pt: .*{message}"):
+        train.load_data(configured(*cifar[0], "--published", file))
+
+
+@pytest.mark.parametrize("others", ["test", "folder"])
+def test_load_data_takes_the_unprotected_images_from_elsewhere_if_all_are_protected(
+        tmp_path, cifar, others):
+    options, _, _ = cifar
+    file = stored(tmp_path / "ue.pt", torch.rand(100, 3, 32, 32) / 50)
+    if others == "folder":
+        for i, name in enumerate(train.CIFAR10_CLASSES):
+            (tmp_path / "folder" / name).mkdir(parents=True)
+            picture("RGB").rotate(i).save(tmp_path / "folder" / name / "a.png")
+        others = tmp_path / "folder"
+    c = configured(*options, "--published", file, "--unprotected", others)
+    sets, _ = train.load_data(c)
+    assert len(sets["protected"][1]) == 100 and c.run.name == "cifar10-ue"
+    assert min(len(labels) for _, labels in sets.values()) > 0
+    assert len(sets["unprotected"][1]) + len(sets["validation"][1]) <= 20
+
+
+def test_main_gives_a_row_for_a_published_perturbation(tmp_path, cifar, capsys):
+    file = stored(tmp_path / "ue.pt", torch.rand(10, 3, 32, 32) / 50)
+    options = [str(option) for option in cifar[0][:4]]
+    small = [*SMALL[:10], "--unet.attention", "", "--ddpm.levels", "200"]
+    train.main([*options, *small, "--published", str(file), "--victim", "simclr",
+                "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "simclr on published-le" in said and re.search(r"^\| published \| \d", said, re.M)
 
 
 def test_main_runs_on_a_folder_that_keeps_its_runs_apart(tmp_path, monkeypatch, capsys):
@@ -213,10 +358,10 @@ def checkpoints(nets, tmp_path):
     return [*files, "--t_star", "12", "--steps", "2", "--pixel_above", "6"]
 
 
-def test_read_array_runs_no_code(tmp_path, capsys):
+def test_read_arrays_runs_no_code(tmp_path, capsys):
     np.save(tmp_path / "evil.npy", np.array([Malice()]), allow_pickle=True)
     with pytest.raises(BadInput, match="evil.npy"):
-        arrays.read_array(tmp_path / "evil.npy")
+        le.read_arrays(tmp_path / "evil.npy")
     assert "ran code" not in capsys.readouterr().out
 
 
@@ -298,12 +443,14 @@ def test_main_purify_goes_on_and_names_what_it_cannot_read(tmp_path, checkpoints
 def test_main_purify_takes_an_array_the_same_after_an_interruption(tmp_path, checkpoints, suffix,
                                                                      monkeypatch):
     x, source, out = images(70, 16), tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
-    arrays.write_array(source, x, dict(label=np.arange(70)))
+    content = x if suffix == ".pt" else le.as_bytes(x).permute(0, 2, 3, 1).numpy()
+    stored(source, content)
     command = [str(source), str(out), *checkpoints]
     own_images.main(command)
-    whole, others = arrays.read_array(out)
-    assert whole.shape == x.shape and not torch.equal(whole, x)
-    assert suffix != ".npz" or (others["label"] == np.arange(70)).all()
+    arrays_in, whole = arrays.images_in(out)
+    made = whole["data" if suffix == ".npz" else ""]
+    assert made.shape == x.shape and not torch.equal(made, x)
+    assert suffix != ".npz" or (arrays_in["labels"] == np.arange(3)).all()
     out.unlink()
 
     def stopped(label):
@@ -314,7 +461,7 @@ def test_main_purify_takes_an_array_the_same_after_an_interruption(tmp_path, che
     with monkeypatch.context() as patch:
         patch.setattr(arrays, "Progress", stopped)
         patch.setattr(arrays.purify_array, "__defaults__", (0,))
-        patch.setattr(arrays, "BATCH", 32)
+        patch.setattr(arrays, "BATCH", 8)
         with pytest.raises(SystemExit) as stop:
             own_images.main(command)
         assert stop.value.code == 130 and not out.exists()
@@ -322,26 +469,58 @@ def test_main_purify_takes_an_array_the_same_after_an_interruption(tmp_path, che
             own_images.main([*command, "--seed", "1"])
     assert len(list(tmp_path.glob("*.partial"))) == 2
     own_images.main(command)
-    same(arrays.read_array(out)[0], whole)
+    same(arrays.images_in(out)[1]["data" if suffix == ".npz" else ""], made)
     assert len(list(tmp_path.glob("*.partial"))) == 1
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.npy", np.zeros((4, 3, 8, 8), np.uint8), r"torch.uint8, \(4, 8, 3, 8\)"),
-    ("a.npy", np.zeros((4, 8, 8, 3), np.float32), "float32"),
-    ("a.npy", np.zeros((0, 8, 8, 3), np.uint8), "expected 8-bit"),
-    ("a.npy", b"text", "not a readable .npy"),
-    ("a.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, "
-              b"'shape': (9000000000, 32, 32, 3)}" + b" " * 43 + b"\n", "not a readable .npy"),
-    ("a.npz", dict(images=np.zeros(1)), "not a readable .npz"),
-    ("a.npz", b"PK", "not a readable .npz"),
-    ("a.pt", torch.zeros(2, 3, 4, 4, dtype=torch.bool), "torch.bool"),
-    ("a.pt", torch.zeros(2, 3, 4, 4) - 1, "float32"),
-    ("a.pt", torch.zeros(2, 3, 4, 4) * math.nan, "float32"),
-    ("a.pt", {"images": torch.zeros(2, 3, 4, 4)}, "not a readable .pt"),
-    ("a.pt", b"text", "not a whole file"),
+BYTES = np.arange(2 * 8 * 9 * 3, dtype=np.uint8).reshape(2, 8, 9, 3)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.npy", BYTES), ("a.npy", np.moveaxis(BYTES, 3, 1)), ("a.npy", BYTES / 255),
+    ("a.npy", np.float32(np.moveaxis(BYTES, 3, 1)) / 255), ("a.npy", BYTES[..., 0]),
+    ("a.npz", dict(arr_0=BYTES, arr_1=np.arange(2))),      # guided-diffusion's samples
+    ("a.npz", dict(x_train=BYTES, y_train=np.arange(2), x_test=BYTES)),
+    ("a.npz", dict(train_images=BYTES[..., 0], train_labels=np.zeros((2, 1)))),  # MedMNIST's
+    ("a.pt", torch.from_numpy(np.moveaxis(BYTES, 3, 1))), ("a.pt", dict(images=BYTES / 255)),
 ])
-def test_read_array_says_what_it_found(tmp_path, name, content, message):
+def test_images_in_finds_what_looks_like_images_and_written_gives_it_its_axes(
+        tmp_path, name, content):
+    path = tmp_path / name
+    if name == "a.npz":
+        np.savez(path, **content)
+    elif name == "a.npy":
+        np.save(path, content)
+    else:
+        torch.save({key: torch.from_numpy(x) for key, x in content.items()}
+                   if isinstance(content, dict) else content, path)
+    found, seen = arrays.images_in(path)
+    assert seen and all(x.shape == (2, 3, 8, 9) for x in seen.values())
+    last = name != "a.pt"
+    for key, x in seen.items():
+        back = arrays.written(found[key], x, last)
+        assert back.shape == found[key].shape and back.dtype == np.uint8
+        expected = found[key] if found[key].dtype == np.uint8 else np.round(found[key] * 255)
+        assert np.abs(back - expected).max() <= 1          # grey goes by way of three channels
+    arrays.write_arrays(tmp_path / f"b{name}", found)
+    again = le.read_arrays(tmp_path / f"b{name}")
+    assert all((again[key] == found[key]).all() for key in found)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.npy", np.zeros((4, 8, 8, 4), np.uint8), r"uint8, \(4, 8, 8, 4\), 0 to 0; expected"),
+    ("a.npy", np.full((4, 8, 8, 3), 2.5), "float64, .*, 2.5 to 2.5; expected"),
+    ("a.npy", np.zeros((0, 8, 8, 3), np.uint8), "expected 8-bit"),
+    ("a.npy", b"text", "not a readable file of arrays"),
+    ("a.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, "
+              b"'shape': (9000000000, 32, 32, 3)}" + b" " * 43 + b"\n", "not a readable file"),
+    ("a.npz", dict(images=np.zeros(1), labels=np.arange(3)), r"images float64, \(1,\).*; labels"),
+    ("a.npz", b"PK", "not a readable file"),
+    ("a.pt", torch.zeros(2, 3, 4, 4, dtype=torch.bool), "bool"),
+    ("a.pt", torch.zeros(2, 3, 4, 4) * math.nan, "float32"),
+    ("a.pt", ["a list"], "expected 8-bit|not a readable"), ("a.pt", b"text", "not a whole file"),
+])
+def test_images_in_says_what_it_found(tmp_path, name, content, message):
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -352,7 +531,7 @@ def test_read_array_says_what_it_found(tmp_path, name, content, message):
     else:
         torch.save(content, path)
     with pytest.raises(BadInput, match=f"{name}: .*{message}|{name}: {message}"):
-        arrays.read_array(path)
+        arrays.images_in(path)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -416,7 +595,7 @@ def mutations(content, count, seed=0):
         yield bytes([data, data[:stop], data[:start] + data[stop:]][rng.integers(3)])
 
 
-def test_fuzz_open_image_and_read_array_and_load_raise_BadInput_or_read(tmp_path):
+def test_fuzz_open_image_and_read_arrays_and_load_raise_BadInput_or_read(tmp_path):
     seeds = {"a.png": "PNG", "a.jpg": "JPEG", "a.webp": "WEBP", "a.bmp": "BMP", "a.gif": "GIF",
              "b.bmp": "TIFF"}                              # the content decides, not the name
     originals = {}
@@ -425,8 +604,8 @@ def test_fuzz_open_image_and_read_array_and_load_raise_BadInput_or_read(tmp_path
         picture("RGB", (12, 10)).save(content, kind)
         originals[name] = le.open_image, content.getvalue()
     for name in ("a.npy", "a.npz", "a.pt"):
-        arrays.write_array(tmp_path / name, images(2, 4), {})
-        originals[name] = arrays.read_array, (tmp_path / name).read_bytes()
+        stored(tmp_path / name, le.as_bytes(images(2, 4)).numpy())
+        originals[name] = le.read_arrays, (tmp_path / name).read_bytes()
     torch.save(checkpoint(VGG(width=1, convs=(1,))), tmp_path / "vgg.pt")
     originals["vgg.pt"] = perceptual.load, (tmp_path / "vgg.pt").read_bytes()
     refused = 0
@@ -439,6 +618,53 @@ def test_fuzz_open_image_and_read_array_and_load_raise_BadInput_or_read(tmp_path
                 refused += 1
                 assert name in str(error)
     assert refused > 100
+
+
+# -- Other machines --------------------------------------------------------------------------------
+
+class NotebookStream(io.StringIO):
+    """A stream such as ipykernel's, which is no text file."""
+    reconfigure = property()
+
+
+def test_main_runs_in_a_notebook_and_outside_the_main_thread(tmp_path, monkeypatch, small_run):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    stream, failed = NotebookStream(), []
+    assert not hasattr(stream, "reconfigure")
+    monkeypatch.setattr(sys, "stdout", stream)
+
+    def work():
+        try:
+            train.main([*SMALL, "--protections", "em-class", "--out", str(run)])
+        except BaseException as error:
+            failed.append(error)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed and "| em-class |" in stream.getvalue()
+
+
+def test_main_runs_without_distributed_and_where_text_is_not_utf_8(tmp_path):
+    copied = copy_of_the_project(tmp_path / "kopie-ü")
+    with open(copied / "attacks.py", "a", encoding="utf-8") as file:
+        file.write("# für alle\n")
+    program = tmp_path / "main.py"
+    program.write_text("import sys, runpy; sys.modules['torch.distributed.nn'] = None; "
+                       "sys.path.insert(0, sys.argv[1]); import train; train.main(sys.argv[2:])")
+    command = [sys.executable, program, copied, "ddpm", *SMALL, "--out", tmp_path / "run"]
+    plain = dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", OMP_NUM_THREADS="1")
+    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True,
+                          env=os.environ | plain)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert b"vgg: made" in done.stdout
+
+
+def test_main_says_in_one_line_that_WORLD_SIZE_alone_is_no_torchrun(tmp_path):
+    done = subprocess.run([sys.executable, HERE / "train.py", *SMALL, "--out", tmp_path / "run"],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(WORLD_SIZE="2", RANK="0"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "WORLD_SIZE is set" in done.stderr and "MASTER_ADDR" in done.stderr
 
 
 # -- studies ---------------------------------------------------------------------------------------
