@@ -336,7 +336,7 @@ def read_arrays(path):
             found = {"": found}
         return {str(key): value.detach().to_dense().numpy() if isinstance(value, torch.Tensor)
                 else np.asarray(value) for key, value in found.items()}
-    except BadInput:
+    except (BadInput, FileNotFoundError):
         raise
     except Exception as error:                             # numpy and zipfile raise many kinds
         raise BadInput(f"{path}: not a readable file of arrays ({type(error).__name__})") from None

@@ -540,7 +540,7 @@ def load_data(c):
     else:
         (images, labels), classes, sets = source(c)
         if c.published:
-            images, labels = add_published(c, sets, images, labels)
+            images, labels = add_published(c, sets, images, labels, classes)
         counts = {name: n for name, n in c.images.items() if name not in sets}
     if c.data not in ("shapes", "cifar10") or c.unprotected:  # in proportion
         whole = sum(c.images[name] for name in counts)
@@ -583,7 +583,7 @@ def published_folders(root, size):
     return sets | {"protected": (originals, labels), "published": (ue, labels)}, classes
 
 
-def add_published(c, sets, images, labels):
+def add_published(c, sets, images, labels, classes):
     """Add the UEs in --published to the sets, and their originals, the first of the training set;
     returns the images and labels from which the other sets may be taken."""
     ue = published_images(c, images, labels)
@@ -592,7 +592,6 @@ def add_published(c, sets, images, labels):
     if c.unprotected == "test" and "test" in sets:
         return sets.pop("test")
     if c.unprotected:
-        classes = classes_in(Path(c.unprotected))
         return folder(c.unprotected, c.size, classes)[:2]
     if len(ue) == len(images):
         raise BadInput(f"--published {c.published}: all {len(ue)} training images are protected; "
@@ -606,10 +605,14 @@ def published_images(c, images, labels):
 
     Raises BadInput if it is none of these, with what was found.
     """
-    path, kind = Path(c.published), labels.max() + 1
+    path, classes = Path(c.published), 1 + int(labels.max())
     if path.is_dir():
-        files = sorted(image_files(path)[0], key=place_of)
-        arrays = {"": torch.stack([pixels_of(open_image(file)) for file in files]).numpy()}
+        files = {file.stem: file for file in image_files(path)[0]}
+        places = [str(i) for i in range(len(files))]
+        if not files or set(files) != set(places):
+            raise BadInput(f"{path}: expected 0.png, 1.png, ..., in the training set's order; "
+                           f"there is no {min(set(places) - set(files), default=0)}")
+        arrays = {"": torch.stack([pixels_of(open_image(files[i])) for i in places]).numpy()}
     else:
         arrays = read_arrays(path)
     for array in arrays.values():
@@ -621,25 +624,19 @@ def published_images(c, images, labels):
         found = "; ".join(f"{key} {described(array)}".strip() for key, array in arrays.items())
         raise BadInput(f"{path}: {found}; expected images of {tuple(images.shape[1:])} in 8 bits "
                        "or [0, 1], or their perturbation, of less than 0.25 in these units")
-    n = c.images["protected"] if noise is not None and len(noise) == kind else len(ue)
+    class_wise = noise is not None and len(noise) == classes
+    n = c.images["protected"] if class_wise else len(ue)
     n = min(n, c.limit or n)
     if n > len(images):
         raise BadInput(f"{path}: {n} images, but the training set of {c.data} has {len(images)}")
     if noise is not None:
-        return publish(images[:n], noise[labels[:n]] if len(noise) == kind else noise[:n])
+        return publish(images[:n], noise[labels[:n]] if class_wise else noise[:n])
     ue = ue[:n]
     apart, strangers = [(ue - other).abs().mean() for other in (images[:n], images[:n].roll(1, 0))]
     if n > 1 and apart > 0.7 * strangers:
         raise BadInput(f"{path}: its images are not the first of the training set of {c.data}, in "
                        f"its order: they differ by {255 * apart:.0f}/255 on average")
     return ue
-
-
-def place_of(file):
-    """The place of an image in the training set, which its name says."""
-    if not file.stem.isdecimal():
-        raise BadInput(f"{file}: expected 0.png, 1.png, ..., by the order of the training set")
-    return int(file.stem)
 
 
 def perturbation_of(array, suffix):
@@ -901,7 +898,6 @@ def check(c, options):
             ("protections", c.protections and set(c.protections) <= {*PROTECTIONS, "published"},
              ",".join(PROTECTIONS)),
             ("unprotected", c.published or not c.unprotected, "--published beside it"),
-            ("published", not c.published or Path(c.published).exists(), "a file or folder"),
             ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"],
              f"at most --ddpm.levels, {c.ddpm['levels']}, which the U-Net learns")):
         if not fits:
@@ -938,8 +934,10 @@ def main(argv=None):
             download(perceptual.VGG16, c.vgg_weights)
             download(perceptual.LPIPS, c.lpips)
         all_here()
-        text = " ".join(f"{option}={value}" for option, value in vars(c).items())
-        print(textwrap.fill(f"{text} device={DEVICE}", 100, break_on_hyphens=False))
+        noise = {name: c.noise.get(name, {}) for name in c.protections}
+        shown = vars(c) | dict(noise=noise, device=DEVICE)
+        text = " ".join(f"{option}={value}" for option, value in shown.items())
+        print(textwrap.fill(text, 100, break_on_hyphens=False))
         story(c, stage)
 
 
