@@ -3,8 +3,9 @@
 Error-minimizing noise (Huang et al. 2021, arXiv 2101.04898) makes the training loss so small that
 nothing is left to learn: the network finds the noise, which says the class, before the picture.
 Contrastive poisoning (He et al. 2023, arXiv 2202.11202) does the same to networks that learn
-without labels: the noise says which two views are of one image. Both are one alternation,
-`min_min`, over two losses.
+without labels: the noise says which two views are of one image. Networks that learn by telling how
+far an image is turned are fooled by noise that says which way is up. All three are one alternation,
+`min_min`, over three losses.
 
 Reading order: what a victim learns -> min_min -> noise_step -> views -> networks -> fit -> VICTIMS,
 PROTECTIONS. Images are in [0, 1], (B, 3, H, W); random choices are drawn per image from a CPU
@@ -54,6 +55,14 @@ def partner_scores(net, x, labels, generator, view, temperature):
     return nt_xent_scores(net(views), temperature)
 
 
+def rotation_scores(net, x, labels, generator):
+    """Which way is up? Every image in all four turns, by 0, 90, 180 and 270 degrees (Gidaris et al.
+    2018, "RotNet", arXiv 1803.07728)."""
+    x = crop_flip(x, generator)
+    turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])
+    return net(turned), torch.arange(4, device=x.device).repeat_interleave(len(x))
+
+
 @dataclass(frozen=True)
 class Victim:
     """Who trains on published images. The owner trains such a network, too, before he publishes
@@ -80,13 +89,13 @@ class Victim:
 # A protection is a function (images (N, 3, H, W) in [0, 1], labels (N,), victim, *, epsilon, seed,
 # report, ...) -> unlearnable examples of the same shape.
 
-def min_min(images, labels, victim, *, class_wise=False, start=None, surrogates=1, rounds=10,
+def min_min(images, labels, victim, *, shared="image", start=None, surrogates=1, rounds=10,
             train_batches=10, noise_batches=None, noise_steps=1, step=0.2, momentum=0.9, lr=0.1,
             batch_size=128, warm_up=0, epsilon=EPSILON, seed=0, report=None):
     """Noise that leaves nothing to learn: min over noise of min over weights of the loss (Huang et
     al. 2021, Eq. 2; with the loss of SimCLR, He et al. 2023).
 
-    class_wise     one perturbation for each class, not one for each image
+    shared         whose one perturbation is: each image's, each class's, or all images'
     start          UEs (N, 3, H, W) whose perturbation to begin with; default: uniform noise
     surrogates     networks that start afresh, one after the other. A victim is lost in its first
                    epochs, so the noise must be read by a young network before the picture is
@@ -102,7 +111,8 @@ def min_min(images, labels, victim, *, class_wise=False, start=None, surrogates=
     Returns UEs, at most epsilon away from the images, and rounded to 8 bits.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = labels.cpu() if class_wise else torch.arange(len(images))
+    rows = {"image": torch.arange(len(images)), "class": labels.cpu(),
+            "all": torch.zeros(len(images), dtype=torch.long)}[shared]
     shape = (int(rows.max()) + 1, *images.shape[1:])
     perturbation = epsilon * (2 * torch.rand(shape, generator=generator) - 1).to(images.device)
     if start is not None:
@@ -354,6 +364,24 @@ class SimCLR(nn.Module):
         return self.projection(self.features(x))
 
 
+class RotNet(ResNet):
+    """A ResNet that tells by which of four turns an image is turned (Gidaris et al. 2018).
+
+    Its features are those of the last two blocks: the very last one knows turns best, and the one
+    before it what is in the picture.
+    """
+
+    def __init__(self, classes, **resnet):
+        super().__init__(classes=4, **resnet)
+
+    def features(self, x):
+        before = self.levels[:-1]((x - 0.5) / 0.25)
+        return torch.cat([before.mean((2, 3)), self.levels[-1](before).mean((2, 3))], dim=1)
+
+    def forward(self, x):
+        return self.head(self.features(x)[:, -self.head.in_features:])
+
+
 def fit(victim, images, labels, *, epochs, batch_size, lr, seed, report):
     """Train a fresh network of a victim by SGD (Nesterov momentum 0.9), where the images are.
 
@@ -389,7 +417,9 @@ def fit(victim, images, labels, *, epochs, batch_size, lr, seed, report):
 VICTIMS = {
     "classifier": Victim(ResNet, class_scores, training=dict(epochs=16, batch_size=128, lr=0.1)),
     "simclr": Victim(SimCLR, partner_scores, choice=dict(view="quadrant", temperature=0.3),
-                     training=dict(epochs=44, batch_size=128, lr=0.1), probed=True)}
+                     training=dict(epochs=44, batch_size=128, lr=0.1), probed=True),
+    "rotation": Victim(RotNet, rotation_scores, probed=True,
+                       training=dict(epochs=8, batch_size=128, lr=0.1))}
 
 
 def victim_of(name, resnet, settings):
@@ -429,11 +459,13 @@ def published(protection, images, labels, **how):
 
 # Sample-wise noise starts from class-wise noise, as in He et al. 2023
 PROTECTIONS = {
-    "em-class": Protection(min_min, settings=dict(class_wise=True, rounds=40, noise_batches=10)),
+    "em-class": Protection(min_min, settings=dict(shared="class", rounds=40, noise_batches=10)),
     "em-sample": Protection(min_min, "classifier", "em-class", dict(
         noise_steps=2, lr=0.2, warm_up=200)),
     "cp-class": Protection(min_min, "simclr", settings=dict(
-        class_wise=True, surrogates=7, rounds=10, train_batches=16, noise_batches=8, step=0.15,
+        shared="class", surrogates=7, rounds=10, train_batches=16, noise_batches=8, step=0.15,
         batch_size=384)),
     "cp-sample": Protection(min_min, "simclr", "cp-class", dict(
-        surrogates=1, rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256))}
+        surrogates=1, rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256)),
+    "rot": Protection(min_min, "rotation", settings=dict(
+        shared="all", rounds=30, noise_batches=10))}

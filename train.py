@@ -62,7 +62,8 @@ DEFAULTS = {
     "seed": 0,                     # of the images, the networks and the noise
     "evaluate": "test",            # clean images that judge: test, or validation while tuning
     "limit": 0,                    # at most so many images, epochs, rounds, steps: does it run?
-    "protections": tuple(PROTECTIONS),  # of attacks.PROTECTIONS, a row of the table each
+    # of attacks.PROTECTIONS, a row of the table each. "rot" is for photographs: see the README
+    "protections": ("em-class", "em-sample", "cp-class", "cp-sample"),
     "victim": "",                  # of attacks.VICTIMS, judges in place of each protection's own
     "purifier": "joint",           # of le.PURIFIERS
     "epsilon": 255 * EPSILON,      # largest change of a channel, of 255
@@ -344,7 +345,9 @@ def side_by_side(sets, images):
 
 def show(c, sets, rows, images):
     """The table on stdout, results.json and figure.png in the run's folder."""
-    untrained = on_device(victim_in(c, "classifier", sets).fresh(c.seed)).eval()
+    kinds = [kind_of(c, row["protection"]) for row in rows]
+    probed = next((kind for kind in kinds if VICTIMS[kind].probed), "simclr")
+    untrained = on_device(victim_in(c, probed, sets).fresh(c.seed)).eval()
     floor = linear_probe(untrained, sets["unprotected"], sets[c.evaluate])
     results = dict(config=vars(c), rows=rows, floor=round(floor, 2))
     text = json.dumps(results, indent=1, default=str) + "\n"
@@ -820,8 +823,8 @@ def value_of(option, default, text):
     return value
 
 
-CHOICES = {"purifier": PURIFIERS, "victim": VICTIMS, "simclr.view": VIEWS,
-           "evaluate": ("validation", "test")}
+CHOICES = {"purifier": PURIFIERS, "victim": VICTIMS, "view": VIEWS,
+           "evaluate": ("validation", "test"), "shared": ("image", "class", "all")}
 SHORTENED = ("protected", "unprotected", "validation", "test", "epochs", "steps", "rounds",
              "surrogates", "train_batches", "noise_steps", "warm_up", "batches")  # by --limit
 
@@ -836,7 +839,8 @@ def parse(argv):
     parser.add_argument("--config", choices=CONFIGS, help="default: shapes or photographs")
     parser.add_argument("--download", action="store_true", help="first fetch what is missing")
     for option, (default, what) in known.items():
-        parser.add_argument(f"--{option}", dest=option, metavar="", choices=CHOICES.get(option),
+        choices = CHOICES.get(option.rpartition(".")[2])
+        parser.add_argument(f"--{option}", dest=option, metavar="", choices=choices,
                             help=f"{what} (default {default!r})".replace("%", "%%"))
     if not argv or argv[0].startswith("-"):
         argv = ["all", *argv]

@@ -95,7 +95,7 @@ OTHERS = {
     "one-pixel": Protection(one_pixel),
     "targeted": Protection(targeted, settings=dict(batches=500, steps=30)),
     "augmented": Protection(augmented, settings=dict(
-        class_wise=True, rounds=40, noise_batches=10))}
+        shared="class", rounds=40, noise_batches=10))}
 
 
 def register():

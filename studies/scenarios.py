@@ -38,14 +38,14 @@ from studies.protections import register
 from studies.run import (accuracies_on, network_of, networks, opened, parser_of, repaired, shown,
                          slug, spread, versions)
 
-OTHER = {"classifier": "simclr", "simclr": "classifier"}
+OTHER = {"classifier": "simclr", "simclr": "classifier", "rotation": "classifier"}
 
 
 def cross(c, sets, count):
-    """Each protection before the victim that it was not made against."""
+    """Each protection before a victim that it was not made against, --victim or another."""
     rows = []
     for name in c.protections:
-        kind = OTHER[PROTECTIONS[name].victim]
+        kind = c.victim or OTHER[PROTECTIONS[name].victim]
         found = versions(c, name, sets)
         rows.append({"protection": name, "victim": kind}
                     | accuracies_on(c, kind, name, found, sets, count))

@@ -33,7 +33,8 @@ from studies import arrays, contrastive, handout, opponents, pictures, scenarios
 from studies import purify as own_images
 from studies.grading import CLAIMS
 from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, checkpoint, configured,
-                     copy_of_the_project, images, nets, refusal, same, seeded, silent, small_run)
+                     copy_of_the_project, images, nets, refusal, run, same, seeded, silent,
+                     small_run)
 from unet import UNet, on_device
 
 CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
@@ -628,14 +629,14 @@ class NotebookStream(io.StringIO):
 
 
 def test_main_runs_in_a_notebook_and_outside_the_main_thread(tmp_path, monkeypatch, small_run):
-    run = shutil.copytree(small_run, tmp_path / "run")
+    folder = shutil.copytree(small_run, tmp_path / "run")
     stream, failed = NotebookStream(), []
     assert not hasattr(stream, "reconfigure")
     monkeypatch.setattr(sys, "stdout", stream)
 
     def work():
         try:
-            train.main([*SMALL, "--protections", "em-class", "--out", str(run)])
+            train.main([*SMALL, "--protections", "em-class", "--out", str(folder)])
         except BaseException as error:
             failed.append(error)
     thread = threading.Thread(target=work)
@@ -838,6 +839,21 @@ def test_readme_commands_are_understood():
             assert (HERE / "studies" / f"{arguments[0].split('.')[1]}.py").exists(), command
         else:
             assert arguments[0] == "pytest", command
+
+
+def test_readme_doors_work_as_they_are_pasted(tmp_path):
+    """A protection, a purifier and a victim of one's own: the README's lines, at the end of the
+    files that it names."""
+    folder = copy_of_the_project(tmp_path / "copy")
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    for entry, file in (("PROTECTIONS[", "attacks.py"), ("PURIFIERS[", "le.py"),
+                        ("VICTIMS[", "attacks.py")):
+        block, = [block for block in blocks if entry in block]
+        with open(folder / file, "a", encoding="utf-8") as source:
+            source.write(f"\n\n{block}")
+    said = run(folder, "train.py", *SMALL, "--out", tmp_path / "run", "--protections", "corner",
+               "--purifier", "blur", "--victim", "mlp")
+    assert "mlp on corner-le: " in said and "| corner |" in said
 
 
 def test_readme_counts_the_lines_of_each_file():
