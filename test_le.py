@@ -1199,7 +1199,7 @@ def test_cached_follows_settings_and_inputs(tmp_path, small_run, capsys):
 
 def test_main_tells_the_whole_story(small_run):
     results = json.loads((small_run / "results.json").read_text())
-    assert [row["protection"] for row in results["rows"]] == list(PROTECTIONS)
+    assert [row["protection"] for row in results["rows"]] == list(train.DEFAULTS["protections"])
     assert set(results) == {"config", "floor", "rows"}
     assert set(results["rows"][0]) == {"protection", "clean", "ue", "le", "recovery", "psnr_ue",
                                        "psnr_le"}
