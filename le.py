@@ -342,14 +342,16 @@ def read_arrays(path):
         raise BadInput(f"{path}: not a readable file of arrays ({type(error).__name__})") from None
 
 
+def are_last(array, last):
+    """Whether the channels of images (N, ., ., .) are the last axis; `last` where both could be."""
+    return array.shape[3] == 3 and (last or array.shape[1] != 3)
+
+
 def channels_second(array, last):
-    """An array (N, 3, H, W) or (N, H, W, 3) as a tensor (N, 3, H, W), None if it is neither. `last`
-    says which one it is where it could be either."""
-    shape = array.shape
-    if len(shape) != 4 or not array.size or 3 not in (shape[1], shape[3]):
+    """An array (N, 3, H, W) or (N, H, W, 3) as a tensor (N, 3, H, W), None if it is neither."""
+    if array.ndim != 4 or not array.size or 3 not in (array.shape[1], array.shape[3]):
         return None
-    is_last = shape[3] == 3 and (last or shape[1] != 3)
-    return torch.from_numpy(np.moveaxis(array, 3, 1) if is_last else array)
+    return torch.from_numpy(np.moveaxis(array, 3, 1) if are_last(array, last) else array)
 
 
 def images_of(array, last=True):

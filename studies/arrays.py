@@ -11,8 +11,8 @@ import torch
 import le
 import unet
 from attacks import luma
-from le import (BATCH, BadInput, Progress, as_bytes, as_float, described, images_of, read_arrays,
-                seed_of)
+from le import (BATCH, BadInput, Progress, are_last, as_bytes, as_float, described, images_of,
+                read_arrays, seed_of)
 from train import hashes
 
 # -- Images of any size ----------------------------------------------------------------------------
@@ -88,8 +88,7 @@ def written(array, images, last):
     if is_grey(array):
         return as_bytes(luma(images))[:, 0].numpy()
     made = as_bytes(images).numpy()
-    is_last = array.shape[3] == 3 and (last or array.shape[1] != 3)
-    return np.ascontiguousarray(np.moveaxis(made, 1, 3)) if is_last else made
+    return np.ascontiguousarray(np.moveaxis(made, 1, 3)) if are_last(array, last) else made
 
 
 def write_arrays(path, arrays):

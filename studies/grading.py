@@ -28,7 +28,8 @@ CLAIMS = claims()
 def missing_function(error):
     """The name of the assignment whose missing body an exception comes from, or None."""
     said = "".join(traceback.format_exception(error))
-    names = re.findall(r"in (\w+)\s+raise NotImplementedError", said)
+    # a process of torchrun writes its rank before each line
+    names = re.findall(r"in (\w+)\s+(?:\[rank\d+\]:\s+)?raise NotImplementedError", said)
     return next((name for name in reversed(names) if name in CLAIMS), None)
 
 

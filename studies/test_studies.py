@@ -150,7 +150,8 @@ def test_load_data_judges_on_the_test_folder_where_there_is_one(tmp_path, capsys
     class_folders(tmp_path / "train", 24)
     class_folders(tmp_path / "test", 3)
     sets, classes = train.load_data(configured("--data", tmp_path))
-    assert len(sets["test"][1]) == 6 and len(sets["protected"][1]) > 10 and classes == ["cat", "dog"]
+    assert classes == ["cat", "dog"] and len(sets["test"][1]) == 6
+    assert len(sets["protected"][1]) > 10
     assert "2 classes, cat, dog; images: 6 test, " in capsys.readouterr().out
 
 
@@ -187,7 +188,7 @@ def test_main_judges_what_lies_in_a_folder_of_protected_images(tmp_path, origina
 
 @pytest.fixture
 def cifar(tmp_path):
-    """Options that name an archive of 100 training and 20 test images, and the first 40 of these."""
+    """Options that name an archive of 100 training and 20 test images, and the first 40 images."""
     files, data = cifar10_files()
     root = write_cifar10(tmp_path / "c.tar.gz", files)
     (x, y), _ = train.cifar10(root)
@@ -642,7 +643,9 @@ def test_main_runs_in_a_notebook_and_outside_the_main_thread(tmp_path, monkeypat
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert not failed and "| em-class |" in stream.getvalue()
+    if failed:
+        raise failed[0]
+    assert "| em-class |" in stream.getvalue()
 
 
 def test_main_runs_without_distributed_and_where_text_is_not_utf_8(tmp_path):
@@ -798,6 +801,9 @@ def test_assignment_fails_its_own_tests_and_lets_those_of_others_wait(tmp_path):
 
 
 def test_assignment_solutions_pass_their_tests_even_where_a_student_deleted_all(tmp_path):
+    if any("raise NotImplementedError" in (HERE / file).read_text()
+           for file, _ in handout.ASSIGNMENTS.values()):
+        pytest.skip("the solutions are not in a copy that was handed out")
     numbers = [str(number) for number in handout.ASSIGNMENTS]
     folder = tmp_path / "copy"
     handout.main([*numbers, "--out", str(folder)])
