@@ -284,13 +284,12 @@ IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".
 
 
 def image_files(folder):
-    """The files under a folder that are images by their names, sorted, and how many are not. What
+    """The files under a folder that are images by their names, and those that are not, sorted. What
     begins with a dot is of a notebook or of a file system, and does not count."""
     paths = [path for path in sorted(Path(folder).rglob("*"))
              if not any(part[0] == "." for part in path.relative_to(folder).parts)]
-    files = [path for path in paths if path.is_file()]
-    images = [path for path in files if path.suffix.lower() in IMAGES]
-    return images, len(files) - len(images)
+    images = [path for path in paths if path.suffix.lower() in IMAGES and path.is_file()]
+    return images, sorted({path for path in paths if path.is_file()} - set(images))
 
 
 def open_image(path):

@@ -488,9 +488,10 @@ def folder(root, size, classes=()):
     found, left_out = image_files(root)
     files = [file for file in found if file.parent != Path(root)]
     names = [file.relative_to(root).parts[0] for file in files]
-    if left_out + len(found) > len(files):
-        print(f"{root}: {left_out + len(found) - len(files)} files that are no images of a class "
-              f"are left out; expected {', '.join(IMAGES)}")
+    left_out += [file for file in found if file.parent == Path(root)]
+    if left_out:
+        print(f"{root}: {len(left_out)} files that are no images of a class are left out: "
+              f"{', '.join(map(str, left_out[:3]))}{' ...' * (len(left_out) > 3)}")
     if len(set(names)) < 2 or not set(names) <= set(classes or names):
         raise BadInput(f"{root}: expected two or more folders of images, a class each, "
                        f"{('named ' + ', '.join(classes)) if classes else ', '.join(IMAGES)}")

@@ -136,7 +136,8 @@ def test_folder_says_what_it_leaves_out_and_names_what_it_cannot_use(tmp_path, c
     shutil.copy(pets / "cat" / "0.jpg", pets / ".ipynb_checkpoints")
     (pets / "cat" / "._0.jpg").write_bytes(b"no image")
     assert len(train.folder(pets, 32)[0]) == 24
-    assert "pets: 1 files that are no images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pets: 1 files that are no images" in said and "notes.txt" in said
     (pets / "cat" / "bad.png").write_bytes(b"not an image")
     with pytest.raises(BadInput, match="bad.png"):
         train.folder(pets, 32)
