@@ -221,16 +221,21 @@ def quadrant_view(x, generator, jitter=2):
     return view - view.mean((2, 3), keepdim=True) + 0.5
 
 
-def random_resized_crop(x, generator, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+def random_resized_crop(x, generator, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
     """A random box of `scale` of the area and aspect `ratio`, resized, half of them flipped:
-    (B, C, H, W) -> (B, C, size, size) (Szegedy et al. 2015). A box too long is cut."""
+    (B, C, H, W) -> (B, C, size, size) (Szegedy et al. 2015). As torchvision and kornia do it: in
+    whole pixels, a box too long is drawn again, and after ten tries it is the whole image."""
     n, _, h, w = x.shape
-    area, aspect, top, left = torch.rand(4, n, generator=generator)
+    area, aspect = torch.rand(2, n, tries, generator=generator)
     area = h * w * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * aspect)
-    height = (area / aspect).sqrt().clamp_max(h)
-    width = (area * aspect).sqrt().clamp_max(w)
-    return boxes(x, top * (h - height), left * (w - width), height, width, size, generator)
+    heights = torch.cat([(area / aspect).sqrt().round(), torch.full((n, 1), h)], dim=1)
+    widths = torch.cat([(area * aspect).sqrt().round(), torch.full((n, 1), w)], dim=1)
+    first = ((heights <= h) & (widths <= w)).int().argmax(1, keepdim=True)
+    height, width = heights.gather(1, first)[:, 0], widths.gather(1, first)[:, 0]
+    top, left = torch.rand(2, n, generator=generator)
+    top, left = (top * (h - height + 1)).floor(), (left * (w - width + 1)).floor()
+    return boxes(x, top, left, height, width, size, generator)
 
 
 # -- Views: colour ---------------------------------------------------------------------------------
