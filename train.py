@@ -128,7 +128,7 @@ CONFIGS = {
         "ddpm.levels": 1000, "ddpm.tilt": 0.0, "ddpm.steps": 40000, "ddpm.batch_size": 128,
         "ddpm.lr": 2e-4, "ddpm.ema_decay": 0.9999,
         "vgg_weights": "runs/vgg16-397923af.pth",
-        "lpips": "runs/lpips-vgg.pth",}
+        "lpips": "runs/lpips-vgg.pth"}
     | named("noise.em-class", dict(rounds=40, step=0.1))
     | named("noise.em-sample", dict(rounds=10, step=0.1, noise_steps=20, lr=0.1))
     | named("noise.cp-class", dict(surrogates=1, rounds=200, train_batches=20, noise_batches=20,

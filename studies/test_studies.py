@@ -759,13 +759,13 @@ def probe_of(x, view, data):
 
 def test_SimCLR_can_be_fooled_by_a_code_that_is_added_after_the_views():
     # a positive control: if this fails, no noise could protect from SimCLR
-    x, labels = train.shapes(1280, seed=0)
+    x, labels = train.shapes(640, seed=0)
     code = torch.zeros_like(x)
     code[:, :, :16, :16] = contrastive.class_codes(10, 16, 48 / 255, seed=0)[labels]
     clean = probe_of(x, attacks.quadrant_view, (x, labels))
     after = functools.partial(opponents.coded_view, view=attacks.quadrant_view)
     fooled = probe_of(torch.cat([x, code], 1), after, (x, labels))
-    assert clean > 58 and fooled < clean - 15              # 68 and 43 when this was written
+    assert clean > 58 and fooled < clean - 15              # 71 and 49 when this was written
 
 
 # -- Assignments (see the README) ------------------------------------------------------------------
