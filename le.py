@@ -216,7 +216,7 @@ def all_here():
 
 
 def as_bytes(images):
-    return images.mul(255).round().clamp(0, 255).byte()
+    return images.mul(255).round_().clamp_(0, 255).byte()
 
 
 def as_float(images):

@@ -413,7 +413,7 @@ def shapes(n, seed, size=32):
     for scale in (8, 16):                                  # the ground
         coarse = torch.randn(n, 3, size // scale + 1, size // scale + 1, generator=g)
         texture = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
-        images += uniform(g, 0.03, 0.1, n, 1, 1, 1) / 2 ** 0.5 * texture
+        images += texture.mul_(uniform(g, 0.03, 0.1, n, 1, 1, 1) / 2 ** 0.5)
     mean = images.mean((2, 3), keepdim=True)
     axis = torch.arange(size) + 0.5
     points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
@@ -436,8 +436,8 @@ def shapes(n, seed, size=32):
             images[own] += (0.5 - distance).clamp(0, 1)[:, None] * colour[own]
     sun = uniform(g, 0, 2 * math.pi, n, 1, 1)
     x, y = (points / size - 0.5).unbind(-1)
-    images = images * (1 + 0.2 * (x * sun.cos() + y * sun.sin()))[:, None]
-    images = images + 0.008 * torch.randn(images.shape, generator=g)
+    images *= (1 + 0.2 * (x * sun.cos() + y * sun.sin()))[:, None]
+    images += torch.randn(images.shape, generator=g).mul_(0.008)  # in place, as memory counts here
     return as_float(as_bytes(images)), labels
 
 
