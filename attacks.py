@@ -424,7 +424,7 @@ VICTIMS = {
     "simclr": Victim(SimCLR, partner_scores, choice=dict(view="quadrant", temperature=0.3),
                      training=dict(epochs=44, batch_size=128, lr=0.1), probed=True),
     "rotation": Victim(RotNet, rotation_scores, probed=True,
-                       training=dict(epochs=8, batch_size=128, lr=0.1))}
+                       training=dict(epochs=8, batch_size=32, lr=0.1))}  # four turns of each
 
 
 def victim_of(name, resnet, settings):
@@ -473,4 +473,4 @@ PROTECTIONS = {
     "cp-sample": Protection(min_min, "simclr", "cp-class", dict(
         surrogates=1, rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256)),
     "rot": Protection(min_min, "rotation", settings=dict(
-        shared="all", rounds=30, noise_batches=10))}
+        shared="all", rounds=30, noise_batches=10, batch_size=32))}
