@@ -220,7 +220,8 @@ def judge(c, name, sets, ue, le):
     if images is not None:
         row["recovery"] = recovery(row["clean"], row["ue"], row["le"])
         row |= dict(psnr_ue=psnr(ue, images), psnr_le=psnr(le, images))
-    return row
+    return {key: round(value, 3) if isinstance(value, float) else value
+            for key, value in row.items()}
 
 
 def kind_of(c, name):
