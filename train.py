@@ -746,16 +746,18 @@ def hashes(inputs):
     return found | files_of(modules)
 
 
-def difference(path, parts):
-    """What has changed since a result was kept, as a text; None if nothing, "" if there is none."""
+def kept(path, parts):
+    """(What a file holds, "") if it was made of the same parts, else (None, what has changed)."""
     if not path.exists():
-        return ""
+        return None, ""
     try:
-        old = unet.read(path)["parts"]
-        changed = [key for key in parts | old if parts.get(key) != old.get(key)]
-    except (BadInput, KeyError, TypeError):
-        return f" again, {path} is damaged"
-    return f" again, {', '.join(changed[:4])} changed" if changed else None
+        made = unet.read(path)
+        changed = [key for key in parts | made["parts"] if parts.get(key) != made["parts"].get(key)]
+    except (BadInput, KeyError, TypeError, AttributeError):
+        return None, f" again, {path} is damaged"
+    if changed:
+        return None, f" again, {', '.join(changed[:4])} changed"
+    return made, ""
 
 
 def cached(c, name, make, *, shared=False, resumed=False, **inputs):
@@ -767,11 +769,11 @@ def cached(c, name, make, *, shared=False, resumed=False, **inputs):
     """
     path = c.run / f"{name}.pt"
     parts = hashes(dict(function=make) | inputs) | dict(device=DEVICE)
-    why = difference(path, parts)
+    made, why = kept(path, parts)
     all_here()                                             # nobody looks at the old file any more
-    if why is None:
+    if made:
         print(f"{name}: kept")
-        return unet.read(path)
+        return made
     print(f"{name}: made{why}", flush=True)
     if resumed:
         key = sha256(repr(parts).encode()).hexdigest()
