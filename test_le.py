@@ -1076,6 +1076,29 @@ def test_cached_keeps_what_is_unchanged_and_says_what_has_changed(tmp_path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["double.pt"]
 
 
+def given(report, **inputs):
+    return dict(made=inputs)
+
+
+def test_cached_gives_every_input_to_the_function_whatever_its_name(tmp_path):
+    inputs = dict(c=1, name=2, make=3, shared="class", resumed=4, path=5)
+    made = train.cached(configured("--out", tmp_path), "given", given, **inputs)
+    assert made["made"] == inputs and set(inputs) < set(made["parts"])
+
+
+def test_protect_gives_every_setting_to_the_protection(tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(images, labels, victim, **how):
+        seen.update(how)
+        return images
+    c = configured("--out", tmp_path, "--noise.em-class.rounds", 3, *asked_for(10, 10, 1, 1))
+    monkeypatch.setitem(PROTECTIONS, "em-class", replace(PROTECTIONS["em-class"], make=spy))
+    train.protect(c, "em-class", train.load_data(c)[0])
+    assert seen.items() > c.noise["em-class"].items() and seen["shared"] == "class"
+    assert seen["rounds"] == 3 and seen["epsilon"] == EPSILON
+
+
 def test_hashes_are_of_a_value_and_not_of_an_object():
     net, other = SMALL_VGG, VGG(width=4, convs=(1, 1, 1, 1, 1))
     pairs = [(torch.ones(2), torch.ones(1, 2)), (torch.ones(2), torch.ones(2).double()),

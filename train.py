@@ -167,8 +167,7 @@ def train_ddpm(c, sets):
     net = on_device(UNet(**c.unet, size=images.shape[-1]))
     if c.unet_start:
         net = on_device(unet.load(c.unet_start))
-    cached(c, "ddpm", train_unet, shared=True, resumed=True, net=net, images=images, seed=c.seed,
-           **c.ddpm)
+    cached(c, "ddpm", train_unet, net=net, images=images, seed=c.seed, **c.ddpm)
     return on_device(unet.load(c.run / "ddpm.pt"))
 
 
@@ -204,7 +203,7 @@ def protect(c, name, sets):
 
 def make_learnable(c, name, ue, net, distance):
     """The learnable examples (N, 3, H, W) made from unlearnable ones."""
-    made = cached(c, f"{name}-le", divided, shared=True, purifier=PURIFIERS[c.purifier], net=net,
+    made = cached(c, f"{name}-le", divided, purifier=PURIFIERS[c.purifier], net=net,
                   distance=distance, images=ue, sampler=Sampler(**c.sampler), seed=c.seed)
     return as_float(made["images"])
 
@@ -760,12 +759,15 @@ def kept(path, parts):
     return made, ""
 
 
-def cached(c, name, make, *, shared=False, resumed=False, **inputs):
+TOGETHER = (train_unet, divided)      # all processes of torchrun do these; others the first alone
+RESUMED = (train_unet,)               # these are given a file, `unfinished`, to go on from
+
+
+def cached(c, name, make, /, **inputs):
     """make(**inputs, report=...), a dict, or what that gave before, if nothing has changed since.
 
     It is kept in the run's folder as name.pt, with the hashes. Says what it keeps, and what has
-    changed where it makes something again. Under torchrun the first process makes it and the
-    others wait, unless the work is shared. One that is resumed is given a file, `unfinished`.
+    changed where it makes something again.
     """
     path = c.run / f"{name}.pt"
     parts = hashes(dict(function=make) | inputs) | dict(device=DEVICE)
@@ -775,11 +777,11 @@ def cached(c, name, make, *, shared=False, resumed=False, **inputs):
         print(f"{name}: kept")
         return made
     print(f"{name}: made{why}", flush=True)
-    if resumed:
+    if make in RESUMED:
         key = sha256(repr(parts).encode()).hexdigest()
         inputs["unfinished"] = path.with_suffix(f".{key[:8]}.unfinished")
     start = time.time()
-    if shared or RANK == 0:
+    if make in TOGETHER or RANK == 0:
         made = make(**inputs, report=Progress(name))
     if RANK == 0:
         unet.save(path, made | dict(parts=parts, seconds=time.time() - start))

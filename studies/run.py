@@ -52,8 +52,8 @@ def versions(c, name, sets):
 
 def repaired(c, key, net, distance, ue, sampler, purifier=le.purify):
     """LEs by another U-Net or another sampler than the run's."""
-    made = train.cached(c, key, le.divided, shared=True, purifier=purifier, net=net,
-                        distance=distance, images=ue, sampler=sampler, seed=c.seed)
+    made = train.cached(c, key, le.divided, purifier=purifier, net=net, distance=distance,
+                        images=ue, sampler=sampler, seed=c.seed)
     return le.as_float(made["images"])
 
 
