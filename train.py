@@ -241,10 +241,18 @@ def train_victim(c, kind, name, images, sets):
 
 def trained(c, kind, name, images, sets):
     """The network of such a victim, and its loss by epoch."""
-    victim, labels = victim_in(c, kind, sets), sets["protected"][1]
-    training = {key: vars(c)[kind][key] for key in VICTIMS[kind].training}
-    made = cached(c, f"{kind}-{name}", fit, victim=victim, images=on_device(images), labels=labels,
-                  seed=c.seed, **training)
+    return fitted(c, f"{kind}-{name}", victim_in(c, kind, sets), training_of(c, kind), images, sets)
+
+
+def training_of(c, kind):
+    """The settings of a victim's training: its options without those of its choice."""
+    return {key: vars(c)[kind][key] for key in VICTIMS[kind].training}
+
+
+def fitted(c, name, victim, training, images, sets):
+    """The network of any victim, trained with these settings, and its loss by epoch."""
+    made = cached(c, name, fit, victim=victim, images=on_device(images),
+                  labels=sets["protected"][1], seed=c.seed, **training)
     net = on_device(victim.fresh(c.seed)).eval()
     net.load_state_dict(made["weights"])
     return net, made["losses"]
@@ -338,7 +346,7 @@ def side_by_side(sets, images):
     for name, (ue, le) in images.items():
         rows.append((f"{name} UE", ue[places]))
         if originals is not None:
-            rows.append(("its noise x16", 0.5 + 16 * (ue - originals)[places]))
+            rows.append(("its noise x16", 0.5 + 16 * (ue[places] - originals[places])))
         rows.append((f"{name} LE", le[places]))
     return rows
 

@@ -13,8 +13,7 @@ from studies.opponents import contrastive, encoder, through_the_sampler
 from studies.prior import foreign, prior
 from studies.protections import OTHERS
 from studies.run import (accuracies_on, by_sampler, compared_otherwise, judged, networks, of_seed,
-                         repaired, repaired_each, shown, slug, spread, spread_over, training_of,
-                         versions)
+                         repaired, repaired_each, shown, slug, spread, spread_over, versions)
 
 
 # -- Victims that the protection did not expect ----------------------------------------------------
@@ -27,12 +26,12 @@ def opponents(c, sets):
     plain = replace(classifier, network=encoder, config=config)
     transformer = replace(plain, config=config | dict(kind="transformer"))
     probed = replace(simclr, network=contrastive, config=config)
-    patient = training_of(c, "classifier")
+    patient = train.training_of(c, "classifier")
     patient |= dict(epochs=2 * patient["epochs"], lr=0.05)
     return {
-        "plain network": ("classifier", plain, training_of(c, "classifier")),
+        "plain network": ("classifier", plain, train.training_of(c, "classifier")),
         "transformer": ("classifier", transformer, patient),
-        "SimCLR, plain network": ("simclr", probed, training_of(c, "simclr"))}
+        "SimCLR, plain network": ("simclr", probed, train.training_of(c, "simclr"))}
 
 
 def victims(c, sets, count):

@@ -7,7 +7,7 @@ import torch
 import train
 from attacks import VIEWS
 from studies.opponents import coded_view
-from studies.run import judged, shown, slug, spread, training_of
+from studies.run import judged, shown, slug, spread
 
 
 def class_codes(classes, size, epsilon, seed):
@@ -38,7 +38,7 @@ def code(c, sets, count):
         row = {"views": name}
         for what, x in published.items():
             key = f"code-{name}-{slug(what)}"
-            accuracies = judged(c, key, victim, training_of(c, "simclr"), x, sets, count)
+            accuracies = judged(c, key, victim, train.training_of(c, "simclr"), x, sets, count)
             row[what] = shown(accuracies)
         rows.append(row)
     return rows

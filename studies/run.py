@@ -8,8 +8,7 @@ import torch
 
 import le
 import train
-from attacks import fit
-from unet import BadInput, on_device
+from unet import BadInput
 
 
 def parser_of(name, doc):
@@ -100,17 +99,9 @@ def judged(c, key, victim, training, images, sets, victims=3):
     accuracies = []
     for k in range(victims):
         other, numbered = of_seed(c, key, k)
-        made = train.cached(other, numbered, fit, victim=victim, images=on_device(images),
-                            labels=sets["protected"][1], seed=other.seed, **training)
-        net = on_device(victim.fresh(other.seed)).eval()
-        net.load_state_dict(made["weights"])
+        net, _ = train.fitted(other, numbered, victim, training, images, sets)
         accuracies.append(train.score_of(c, victim, net, sets))
     return torch.tensor(accuracies)
-
-
-def training_of(c, kind):
-    """The settings of a victim's training: its options without those of its choice."""
-    return {key: vars(c)[kind][key] for key in train.VICTIMS[kind].training}
 
 
 def shown(accuracies):
