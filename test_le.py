@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
+from torch import nn
 
 import attacks
 import le
@@ -974,6 +975,33 @@ def silent(done, total, **values):
     pass
 
 
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_orthogonal_keeps_directions_and_makes_their_lengths_alike(shape):
+    left, _, right = torch.linalg.svd(torch.randn(shape).double(), full_matrices=False)
+    lengths = torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 0.5]).double()
+    turned = left.mT @ attacks.orthogonal(left * lengths @ right) @ right.mT
+    assert ((turned.diagonal() > 0.6) & (turned.diagonal() < 1.3)).all()
+    close(turned - turned.diagonal().diag(), torch.zeros(6, 6).double(), atol=1e-6)
+
+
+def test_Muon_is_nesterovs_SGD_but_for_the_lengths_in_a_filters_step():
+    bias, twin = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    filters, unused = nn.Parameter(torch.ones(8, 3, 3, 3)), nn.Parameter(torch.ones(2, 2))
+    muon = attacks.Muon([bias, filters, unused], lr=0.5)
+    sgd = torch.optim.SGD([twin], lr=0.5, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        bias.grad = torch.randn(4)
+        twin.grad = bias.grad.clone()
+        filters.grad = torch.randn(8, 3, 3, 3)
+        before = filters.detach().clone()
+        muon.step()
+        sgd.step()
+        close(bias, twin)
+        lengths = torch.linalg.svdvals((before - filters).detach().flatten(1)) / 0.5
+        assert ((lengths > 0.6) & (lengths < 1.3)).all()
+    same(unused.detach(), torch.ones(2, 2))                # it had no gradient
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
 def test_fit_takes_any_number_of_steps_and_lowers_the_loss(epochs):
     config = dict(widths=(8, 16), blocks=1, strides=(2,), classes=2)
@@ -1380,7 +1408,7 @@ def test_main_interrupted_shows_no_traceback_and_says_how_to_go_on(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--classifier.epoch", "3"], "--classifier.epoch"), (["evaluate"], "evaluate"),
-    (["--classifier.epochs", "many"], "--classifier.epochs many: expected a value such as 16"),
+    (["--classifier.epochs", "many"], "--classifier.epochs many: expected a value such as 6"),
     (["--sampler.steps", "3.5"], "--sampler.steps 3.5: expected a value such as 4"),
     (["--noise.em-class.shared", "row"], "--noise.em-class.shared"),
     (["--resnet.strides", "2,x"], "--resnet.strides 2,x: expected a value such as (2, 2, 2)"),

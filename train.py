@@ -37,8 +37,8 @@ from torch import nn
 
 import perceptual
 import unet
-from attacks import (EPSILON, PROTECTIONS, VICTIMS, VIEWS, ResNet, Victim, class_scores, fit,
-                     publish, published, victim_of)
+from attacks import (EPSILON, OPTIMIZERS, PROTECTIONS, VICTIMS, VIEWS, ResNet, Victim,
+                     class_scores, fit, publish, published, victim_of)
 from le import (IMAGES, PURIFIERS, SAMPLERS, Parser, Progress, Sampler, all_here, as_bytes,
                 as_float, channels_second, described, divided, download, image_files, images_of,
                 one_line_errors, open_image, pixels_of, processes, read_arrays)
@@ -91,16 +91,21 @@ DEFAULTS = {
     "ddpm.ema_decay": 0.999,       # of the moving average of the weights
     "vgg.width": 16,               # channels of the first stage
     "vgg.convs": (1, 1, 1, 1, 1),  # convolutions of each stage
-    "perceptual.epochs": 24,       # of the VGG's training
+    "perceptual.epochs": 6,        # of the VGG's training
     "perceptual.batch_size": 32,   # images a step
     "perceptual.lr": 0.03,         # the highest learning rate
+    "perceptual.optimizer": "muon",  # how it learns: a name in attacks.OPTIMIZERS
     "vgg_weights": "",             # torchvision's vgg16-397923af.pth, in place of training one
     "lpips": ""}                   # LPIPS's linear layers for it
+
+# How the papers' victims learn
+BY_SGD = {"classifier.optimizer": "sgd", "classifier.batch_size": 128, "classifier.lr": 0.1,
+          "simclr.optimizer": "sgd", "simclr.lr": 0.1}
 
 # What differs from the defaults. Photographs are cifar10 and folders, without being asked
 CONFIGS = {
     "shapes": {},
-    "photographs": {
+    "photographs": BY_SGD | {
         "images.protected": 6000, "images.unprotected": 5500, "images.validation": 500,
         "images.test": 2400,
         "resnet.widths": (16, 32, 64, 128),
@@ -108,14 +113,14 @@ CONFIGS = {
         "simclr.epochs": 60, "simclr.lr": 0.2, "simclr.view": "simclr", "simclr.temperature": 0.2,
         "unet.width": 48,
         "ddpm.levels": 250, "ddpm.steps": 6000,
-        "perceptual.epochs": 40,
+        "perceptual.epochs": 40, "perceptual.optimizer": "sgd",
         "noise.em-class.rounds": 24,
         "noise.em-sample.rounds": 12} | named("sampler", asdict(SAMPLERS["photographs"])),
     "quick": {"protections": ("em-class",), "ddpm.steps": 2000},
     "released": named("sampler", asdict(SAMPLERS["released"])),
     # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et
     # al., VGG-16; contrastive noise by 20 and 20 batches of 512 and one surrogate
-    "paper": {
+    "paper": BY_SGD | {
         "images.protected": 40000, "images.unprotected": 9500, "images.validation": 500,
         "images.test": 10000,
         "resnet.widths": (64, 64, 128, 256, 512), "resnet.blocks": 2,
@@ -150,14 +155,14 @@ def story(c, stage="all"):
     net, distance = train_ddpm(c, sets), train_vgg(c, sets)
     if stage == "ddpm":
         return
-    rows, images = [], {}
+    rows, pictures = [], {}
     for name in c.protections:
         ue = protect(c, name, sets)
         le = make_learnable(c, name, ue, net, distance)
         rows.append(judge(c, name, sets, ue, le))
-        images[name] = ue, le
+        pictures[name] = of_each_class(sets, ue), of_each_class(sets, le)
     if RANK == 0:
-        show(c, sets, rows, images)
+        show(c, sets, rows, pictures)
 
 
 def train_ddpm(c, sets):
@@ -336,22 +341,25 @@ def first_of_each(labels, most=10):
     return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:most]
 
 
-def side_by_side(sets, images):
+def of_each_class(sets, images):
+    """The first of each class among the protected images, or UEs or LEs of them, or None."""
+    return None if images is None else images[first_of_each(sets["protected"][1])]
+
+
+def side_by_side(sets, pictures):
     """[(what, images (K, 3, H, W))]: the original of each class; then, of each protection in
     {name: (UEs, LEs)}, the UEs, their noise x16, and the LEs."""
-    originals, labels = sets["protected"]
-    places, rows = first_of_each(labels), []
-    if originals is not None:
-        rows.append(("original", originals[places]))
-    for name, (ue, le) in images.items():
-        rows.append((f"{name} UE", ue[places]))
+    originals = of_each_class(sets, sets["protected"][0])
+    rows = [] if originals is None else [("original", originals)]
+    for name, (ue, le) in pictures.items():
+        rows.append((f"{name} UE", ue))
         if originals is not None:
-            rows.append(("its noise x16", 0.5 + 16 * (ue[places] - originals[places])))
-        rows.append((f"{name} LE", le[places]))
+            rows.append(("its noise x16", 0.5 + 16 * (ue - originals)))
+        rows.append((f"{name} LE", le))
     return rows
 
 
-def show(c, sets, rows, images):
+def show(c, sets, rows, pictures):
     """The table on stdout, results.json and figure.png in the run's folder."""
     kinds = [kind_of(c, row["protection"]) for row in rows]
     probed = next((kind for kind in kinds if VICTIMS[kind].probed), "simclr")
@@ -360,7 +368,7 @@ def show(c, sets, rows, images):
     results = dict(config=vars(c), rows=rows, floor=round(floor, 2))
     text = json.dumps(results, indent=1, default=str) + "\n"
     (c.run / "results.json").write_text(text, encoding="utf-8")
-    lines = [torch.cat(list(part), dim=2) for _, part in side_by_side(sets, images)]
+    lines = [torch.cat(list(part), dim=2) for _, part in side_by_side(sets, pictures)]
     picture = Image.fromarray(as_bytes(torch.cat(lines, dim=1)).permute(1, 2, 0).numpy())
     picture.resize((2 * picture.width, 2 * picture.height), 0).save(c.run / "figure.png")
     print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
@@ -415,13 +423,20 @@ def shapes(n, seed, size=32):
 
     The labels go round the ten SHAPES.
     """
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % len(SHAPES)
+    images = [draw_shapes(some, size, generator) for some in labels.split(1000)]
+    return as_float(torch.cat(images)), labels
+
+
+def draw_shapes(labels, size, g):
+    """Images of these SHAPES, (N, 3, size, size) bytes."""
+    n = len(labels)
     images = uniform(g, 0.25, 0.75, n, 3, 1, 1).repeat(1, 1, size, size)
     for scale in (8, 16):                                  # the ground
         coarse = torch.randn(n, 3, size // scale + 1, size // scale + 1, generator=g)
         texture = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
-        images += texture.mul_(uniform(g, 0.03, 0.1, n, 1, 1, 1) / 2 ** 0.5)
+        images += uniform(g, 0.03, 0.1, n, 1, 1, 1) / 2 ** 0.5 * texture
     mean = images.mean((2, 3), keepdim=True)
     axis = torch.arange(size) + 0.5
     points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
@@ -445,8 +460,8 @@ def shapes(n, seed, size=32):
     sun = uniform(g, 0, 2 * math.pi, n, 1, 1)
     x, y = (points / size - 0.5).unbind(-1)
     images *= (1 + 0.2 * (x * sun.cos() + y * sun.sin()))[:, None]
-    images += torch.randn(images.shape, generator=g).mul_(0.008)  # in place, as memory counts here
-    return as_float(as_bytes(images)), labels
+    images += 0.008 * torch.randn(images.shape, generator=g)
+    return as_bytes(images)
 
 
 # -- Data: CIFAR-10 in its official binary layout, and folders -------------------------------------
@@ -837,7 +852,7 @@ def value_of(option, default, text):
     return value
 
 
-CHOICES = {"purifier": PURIFIERS, "victim": VICTIMS, "view": VIEWS,
+CHOICES = {"purifier": PURIFIERS, "victim": VICTIMS, "view": VIEWS, "optimizer": OPTIMIZERS,
            "evaluate": ("validation", "test"), "shared": ("image", "class", "all")}
 SHORTENED = ("protected", "unprotected", "validation", "test", "epochs", "steps", "rounds",
              "surrogates", "train_batches", "noise_steps", "warm_up", "batches")  # by --limit

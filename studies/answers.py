@@ -1,12 +1,12 @@
 """Other victims, an owner who answers, other protections, and what undoes them: `python -m
-studies.scenarios` victims, owner, reply, others or mend."""
+studies.scenarios` victims, owner, reply, mean, others or mend."""
 from dataclasses import replace
 
 import torch
 
 import le
 import train
-from attacks import PROTECTIONS, published
+from attacks import PROTECTIONS, publish, published
 from unet import on_device
 from studies.ablation import SIMPLE, weighted
 from studies.opponents import contrastive, encoder, through_the_sampler
@@ -132,6 +132,25 @@ def reply(c, sets, count, protection="em-class"):
         f"on {otherwise.compare}": otherwise,
         f"{label}, on {otherwise.compare}": replace(otherwise, rounds=rounds)}
     return by_sampler(c, sets, "reply", cases, samplers, distance, count)
+
+
+# -- What all protected images share ---------------------------------------------------------------
+
+def unshared(ue, unprotected):
+    """UEs (N, 3, H, W) less the image by which their mean differs from that of other images, as 8
+    bits: a perturbation that all of them bear is that difference, nearly."""
+    return publish(ue, unprotected.mean(0) - ue.mean(0))
+
+
+def mean(c, sets, count):
+    """Does it take a network to undo noise that all images share? One mean image, taken away."""
+    rows = []
+    for name in c.protections:
+        found = versions(c, name, sets)
+        found["less the mean"] = unshared(found["UE"], sets["unprotected"][0])
+        kind = train.kind_of(c, name)
+        rows.append({"protection": name} | accuracies_on(c, kind, name, found, sets, count))
+    return rows
 
 
 # -- Other protections -----------------------------------------------------------------------------

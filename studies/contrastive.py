@@ -18,25 +18,33 @@ def class_codes(classes, size, epsilon, seed):
     return blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
+def coded(c, sets):
+    """The protected images, and their codes as they may be published or stay beside them."""
+    images, labels = sets["protected"]
+    classes = train.count_classes(sets)
+    codes = class_codes(classes, images.shape[-1], c.epsilon / 255, c.seed)[labels]
+    return {
+        "clean": images,
+        "code before": images + codes,
+        "code after": torch.cat([images, codes], 1)}
+
+
+def reading(c, sets, view):
+    """SimCLR that sees the images through a view, and a code beside them as it is."""
+    simclr = train.victim_in(c, "simclr", sets)
+    return replace(simclr, choice=simclr.choice | dict(view=partial(coded_view, view=view)))
+
+
 def code(c, sets, count):
     """Blocks of +-8/255 that say the class, added before the views or after them.
 
     A positive control: SimCLR can be fooled by a code; what destroys it is the augmentation.
     """
     c.evaluate = "validation"
-    images, labels = sets["protected"]
-    classes = train.count_classes(sets)
-    codes = class_codes(classes, images.shape[-1], c.epsilon / 255, c.seed)[labels]
-    published = {
-        "clean": images,
-        "code before": images + codes,
-        "code after": torch.cat([images, codes], 1)}
-    simclr = train.victim_in(c, "simclr", sets)
     rows = []
     for name, view in VIEWS.items():
-        victim = replace(simclr, choice=simclr.choice | dict(view=partial(coded_view, view=view)))
-        row = {"views": name}
-        for what, x in published.items():
+        victim, row = reading(c, sets, view), {"views": name}
+        for what, x in coded(c, sets).items():
             key = f"code-{name}-{slug(what)}"
             accuracies = judged(c, key, victim, train.training_of(c, "simclr"), x, sets, count)
             row[what] = shown(accuracies)
@@ -45,14 +53,20 @@ def code(c, sets, count):
 
 
 def longer(c, sets, count, protection="cp-class"):
-    """Does a victim that trains for longer get over the noise, or only then fall for it?"""
+    """Does a victim that trains for longer get over the noise, or only then fall for it? The code
+    after the views is what any noise of a class can take at most."""
     c.evaluate = "validation"
-    clean, _ = sets["protected"]
-    ue = train.protect(c, protection, sets)
+    images = {"clean": sets["protected"][0], "UE": train.protect(c, protection, sets)}
+    bound = coded(c, sets)["code after"]
     rows = []
     for epochs in (30, 60, 120):
         c.simclr["epochs"] = epochs
-        on_clean = spread(c, "simclr", f"longer-{epochs}-clean", clean, sets, count)
-        on_ue = spread(c, "simclr", f"longer-{epochs}-ue", ue, sets, count)
-        rows.append({"epochs": epochs, "clean": shown(on_clean), "UE": shown(on_ue)})
+        row = {"epochs": epochs}
+        for what, x in images.items():
+            key = f"longer-{epochs}-{what.lower()}"
+            row[what] = shown(spread(c, "simclr", key, x, sets, count))
+        victim = reading(c, sets, VIEWS[c.simclr["view"]])
+        row["code after"] = shown(judged(c, f"longer-{epochs}-code", victim,
+                                         train.training_of(c, "simclr"), bound, sets, count))
+        rows.append(row)
     return rows

@@ -45,13 +45,13 @@ def versions_of(c, sets, names):
 
 def overview(c, sets, classes, path):
     """One class a column; each protection that --protections names."""
-    images = {}
+    shown = {}
     for name in c.protections:
         found = versions(c, name, sets)
-        images[name] = found["UE"], found["LE"]
-    labels = sets["protected"][1]
-    titles = [str(classes[labels[i]])[:10] for i in train.first_of_each(labels)]
-    grid(path, train.side_by_side(sets, images), titles)
+        shown[name] = tuple(train.of_each_class(sets, found[what]) for what in ("UE", "LE"))
+    labels = train.of_each_class(sets, sets["protected"][1])
+    titles = [str(classes[k])[:10] for k in labels]
+    grid(path, train.side_by_side(sets, shown), titles)
 
 
 def forward(c, sets, classes, path, levels=(0, 10, 36, 100, 300, 1000)):

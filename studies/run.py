@@ -115,7 +115,7 @@ def accuracies_on(c, kind, prefix, found, sets, count):
     """{what: mean and spread} of victims trained on each of the images in `found`."""
     row = {}
     for what, images in found.items():
-        key = what if what == "clean" else f"{prefix}-{what.lower()}"
+        key = what if what == "clean" else f"{prefix}-{slug(what.lower())}"
         row[what] = shown(spread(c, kind, key, images, sets, count))
     return row
 

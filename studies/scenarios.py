@@ -8,6 +8,7 @@ probe     SimCLR's probe trained on clean labelled images, or on the published o
 code      why views matter: a perfect code for each class, added before the views or after them
 worth     n labelled images of one's own: alone, with UEs, with LEs, with clean images
 part      only a part of what is published is protected, and nobody knows which
+mean      noise that all images share, and one mean image taken away
 others    protections for which nothing here was tuned (studies/protections.py)
 mend      what would undo the one that holds, and what that costs
 few       how few unprotected images the U-Net needs (studies/prior.py)
@@ -30,7 +31,7 @@ import le
 import train
 from attacks import PROTECTIONS
 from le import BadInput
-from studies.answers import mend, others, owner, reply, victims
+from studies.answers import mean, mend, others, owner, reply, victims
 from studies.contrastive import code, longer
 from studies.drawing import plot_columns, plot_rows
 from studies.prior import counts_up_to, few, prior, shift
@@ -147,7 +148,7 @@ def strides(c, sets, count):
 
 
 SCENARIOS = dict(cross=cross, code=code, longer=longer, probe=probe, worth=worth, part=part,
-                 others=others, mend=mend, few=few, shift=shift, victims=victims,
+                 mean=mean, others=others, mend=mend, few=few, shift=shift, victims=victims,
                  owner=owner, reply=reply, strides=strides)
 
 

@@ -26,10 +26,10 @@ import le
 import perceptual
 import train
 import unet
-from attacks import SimCLR, Victim, fit, partner_scores
+from attacks import SimCLR, Victim, fit, partner_scores, publish
 from le import BadInput, purify
 from perceptual import VGG
-from studies import arrays, contrastive, handout, opponents, pictures, scenarios
+from studies import answers, arrays, contrastive, handout, opponents, pictures, scenarios
 from studies import purify as own_images
 from studies.grading import CLAIMS
 from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, checkpoint, configured,
@@ -683,6 +683,7 @@ def test_main_says_in_one_line_that_WORLD_SIZE_alone_is_no_torchrun(tmp_path):
     (["scenarios", "code", "--victims", "1"], ["code"]),
     (["scenarios", "longer", "--victims", "1"], ["longer"]),
     (["scenarios", "probe", "--victims", "2"], ["probe"]),
+    (["scenarios", "mean", "--victims", "1", "--protections", "em-class"], ["mean"]),
     (["scenarios", "others", "--victims", "1", "--protections", "targeted",
       "--sampler.perceptual_weight", "0"], ["others"]),   # as on photographs
     (["scenarios", "mend", "--victims", "1"], ["mend"]),
@@ -703,6 +704,14 @@ def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
     assert ("ddpm: kept" in said or name == "scenarios") and (written or said.count("|") > 10)
     for picture_name in written:
         assert Image.open(tmp_path / "run" / f"{picture_name}.png").width > 300
+
+
+def test_unshared_takes_away_what_all_images_bear_and_others_do_not():
+    originals = 0.25 + images(6) / 2
+    noise = torch.tensor([8.0, -8.0, 4.0]).view(3, 1, 1) / 255
+    unprotected = originals.flip(0)                        # other images, of the same mean
+    restored = answers.unshared(publish(originals, noise), unprotected)
+    same(restored, publish(originals, 0))
 
 
 def test_main_owner_gives_each_victim_a_noise_of_its_own(tmp_path, small_run):
@@ -750,8 +759,8 @@ def probe_of(x, view, data):
     """Accuracy of a small SimCLR that is trained on x."""
     config = dict(widths=(8, 16, 32, 64), blocks=1, strides=(2, 2, 2), classes=10)
     victim = Victim(SimCLR, partner_scores, config, dict(view=view, temperature=0.2))
-    made = fit(victim, x, torch.zeros(len(x), dtype=torch.long), epochs=10, batch_size=64,
-                     lr=0.2, seed=0, report=silent)
+    made = fit(victim, x, torch.zeros(len(x), dtype=torch.long), epochs=5, batch_size=64,
+               lr=0.1, optimizer="muon", seed=0, report=silent)
     net = victim.fresh(0).eval()
     net.load_state_dict(made["weights"])
     return train.linear_probe(net, data, data)
@@ -765,7 +774,7 @@ def test_SimCLR_can_be_fooled_by_a_code_that_is_added_after_the_views():
     clean = probe_of(x, attacks.quadrant_view, (x, labels))
     after = functools.partial(opponents.coded_view, view=attacks.quadrant_view)
     fooled = probe_of(torch.cat([x, code], 1), after, (x, labels))
-    assert clean > 58 and fooled < clean - 12              # 66 and 49 when this was written
+    assert clean > 58 and fooled < clean - 12              # 65 and 46 when this was written
 
 
 # -- Assignments (see the README) ------------------------------------------------------------------
