@@ -57,8 +57,12 @@ def partner_scores(net, x, labels, generator, view, temperature):
 
 
 def rotation_scores(net, x, labels, generator):
-    """Which way is up? Every image in all four turns, by 0, 90, 180 and 270 degrees (Gidaris et al.
-    2018, "RotNet", arXiv 1803.07728)."""
+    """Which way is up? Every image, cropped and flipped, in all four turns, by 0, 90, 180 and 270
+    degrees counterclockwise (Gidaris et al. 2018, "RotNet", arXiv 1803.07728).
+
+    Returns scores (4B, 4), of all B images upright, then of all in the next turn, and so on, and
+    the turns, 0 to 3 (4B,).
+    """
     x = crop_flip(x, generator)
     turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])
     return net(turned), torch.arange(4, device=x.device).repeat_interleave(len(x))

@@ -60,7 +60,7 @@ def longer(c, sets, count, protection="cp-class"):
     bound = coded(c, sets)["code after"]
     rows = []
     for epochs in (30, 60, 120):
-        c.simclr["epochs"] = epochs
+        c.simclr["epochs"] = min(epochs, c.limit or epochs)
         row = {"epochs": epochs}
         for what, x in images.items():
             key = f"longer-{epochs}-{what.lower()}"

@@ -21,7 +21,7 @@ ASSIGNMENTS = {
     4: ("perceptual.py", "embed"), 5: ("attacks.py", "noise_step"),
     6: ("attacks.py", "nt_xent_scores"), 7: ("le.py", "guidance"),
     8: ("le.py", "joint_conditioned_mean"), 9: ("train.py", "linear_probe"),
-    10: ("unet.py", "ddim")}
+    10: ("unet.py", "ddim"), 11: ("attacks.py", "rotation_scores")}
 
 
 def function_in(source, name):
@@ -74,7 +74,7 @@ def solve(numbers, out):
 def main(argv=None):
     parser = le.Parser(prog="studies.handout", description=__doc__, allow_abbrev=False,
                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("numbers", type=int, nargs="+", choices=ASSIGNMENTS, metavar="1 .. 10")
+    parser.add_argument("numbers", type=int, nargs="+", choices=ASSIGNMENTS, metavar="1 .. 11")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, no default")
     parser.add_argument("--solutions", action="store_true", help="put them back into --out")
     options = parser.parse_args(argv)

@@ -19,10 +19,11 @@ owner     the owner answers: larger noise, and noise that knows the sampler
 reply     other samplers against noise that knows this one
 
 Each prints a table, with the spread over the victims, and writes NAME.json and NAME.png to the
-run's folder.
+run's folder. `all` asks one after the other, and goes on where it was cut off.
 """
 import json
 import re
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -160,21 +161,27 @@ def draw(name, rows):
     return plot(rows, f"{question} Accuracy on clean images, %")
 
 
+def ask(name, c, sets, victims):
+    """Make a scenario's table, and write it and its picture to the run's folder."""
+    rows = SCENARIOS[name](c, sets, victims)
+    path = c.run / f"{name}.json"
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    draw(name, rows).save(path.with_suffix(".png"))
+    print(f"\n{name}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
+
+
 def main(argv=None):
     register()
     parser = parser_of("scenarios", __doc__)
-    parser.add_argument("name", choices=SCENARIOS)
+    parser.add_argument("name", choices=[*SCENARIOS, "all"])
     parser.add_argument("--victims", type=int, default=3, help="default 3")
     with opened(parser, argv, alone=("code", "longer")) as (options, c, sets, _):
         if options.victims < 1:
             raise BadInput(f"--victims {options.victims}: expected 1 or more")
-        rows = SCENARIOS[options.name](c, sets, options.victims)
-        path = c.run / f"{options.name}.json"
-        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        draw(options.name, rows).save(path.with_suffix(".png"))
-        print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-        for row in rows:
-            print("| " + " | ".join(str(value) for value in row.values()) + " |")
+        for name in SCENARIOS if options.name == "all" else [options.name]:
+            ask(name, deepcopy(c), sets, options.victims)  # each changes settings for itself
 
 
 if __name__ == "__main__":

@@ -679,10 +679,8 @@ def test_main_says_in_one_line_that_WORLD_SIZE_alone_is_no_torchrun(tmp_path):
     (["ablation", "--only", "JPEG 10", "--protection", "em-class"], []),
     (["ablation", "--only", "unguided, DDIM", "--protection", "em-class"], []),
     (["ablation", "--only", "joint, on grey", "--protection", "cp-class"], []),
-    (["scenarios", "cross", "--victims", "1"], ["cross"]),
     (["scenarios", "code", "--victims", "1"], ["code"]),
     (["scenarios", "longer", "--victims", "1"], ["longer"]),
-    (["scenarios", "probe", "--victims", "2"], ["probe"]),
     (["scenarios", "mean", "--victims", "1", "--protections", "em-class"], ["mean"]),
     (["scenarios", "others", "--victims", "1", "--protections", "targeted",
       "--sampler.perceptual_weight", "0"], ["others"]),   # as on photographs
@@ -704,6 +702,23 @@ def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
     assert ("ddpm: kept" in said or name == "scenarios") and (written or said.count("|") > 10)
     for picture_name in written:
         assert Image.open(tmp_path / "run" / f"{picture_name}.png").width > 300
+
+
+def test_main_scenarios_all_asks_each_with_settings_of_its_own(tmp_path, small_run, monkeypatch):
+    seen = []
+
+    def watched(c, sets, count):
+        """What does it see?"""
+        seen.append(c.evaluate)
+        return scenarios.cross(c, sets, count)
+    questions = {"probe": scenarios.probe, "cross": watched}
+    monkeypatch.setattr(scenarios, "SCENARIOS", questions)
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    scenarios.main(["all", "--victims", "2", *SMALL, "--out", str(run)])
+    assert seen == ["test"]                                # though the probe's are for validation
+    for name in questions:
+        assert json.loads((run / f"{name}.json").read_text())
+        assert Image.open(run / f"{name}.png").width > 300
 
 
 def test_unshared_takes_away_what_all_images_bear_and_others_do_not():
