@@ -182,14 +182,16 @@ def others(c, sets, count, most=3000):
     for name in [name for name in OTHERS if name in c.protections] or OTHERS:
         kind = PROTECTIONS[name].victim
         ue = train.protect(c, name, sets)
-        found = {"clean": clean, "UE": ue}
+        learnable = repaired(c, "others-clean-images", net, distance, clean, ours)
+        found = {"clean": clean, "clean, purified": learnable, "UE": ue}
         for label in ("JPEG 10", "median 3x3"):
             found[label] = SIMPLE[label](ue, None)
         for label, sampler in samplers.items():
             key = f"others-{name}-{slug(label)}-images"
             found[label] = repaired(c, key, net, distance, ue, sampler)
         for what, images in found.items():
-            key = f"others-{what}" if what == "clean" else f"others-{name}-{slug(what)}"
+            prefix = "others" if "clean" in what else f"others-{name}"
+            key = f"{prefix}-{slug(what)}"
             row = rows.setdefault(what, {"images": what})
             row[name] = shown(spread(c, kind, key, images, sets, count))
     return list(rows.values())

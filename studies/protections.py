@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from attacks import (PROTECTIONS, Protection, min_min, noise_gradient, noise_step, publish,
                      simclr_view, train_surrogate)
@@ -90,12 +91,31 @@ def augmented(images, labels, victim, *, view=simclr_view, **how):
     return min_min(images, labels, replace(victim, scores_and_answers=scores), **how)
 
 
+def convolved(images, labels, victim, *, epsilon, seed, report, blur=0.3):
+    """Convolution-based unlearnability, CUDA (Sadasivan et al. 2023): a random 3x3 filter for each
+    class, one weight 1 and the others at most `blur`, after which an image is divided by its
+    maximum. Epsilon does not bound the change.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ue = images.clone()
+    classes = labels.unique()
+    for k in classes:
+        weights = blur * torch.rand(9, generator=generator)
+        weights[torch.randint(9, (1,), generator=generator)] = 1.0  # anywhere, as in their code
+        of_each_channel = weights.view(1, 1, 3, 3).repeat(3, 1, 1, 1).to(images)
+        own = F.conv2d(images[labels == k], of_each_channel, padding=1, groups=3)
+        ue[labels == k] = own / own.amax((1, 2, 3), keepdim=True).clamp_min(1e-6)
+        report(int(k) + 1, len(classes))
+    return publish(ue, 0)
+
+
 OTHERS = {
     "patches": Protection(patches),
     "one-pixel": Protection(one_pixel),
     "targeted": Protection(targeted, settings=dict(batches=500, steps=30)),
     "augmented": Protection(augmented, settings=dict(
-        shared="class", rounds=40, noise_batches=10))}
+        shared="class", rounds=40, noise_batches=10)),
+    "convolved": Protection(convolved)}
 
 
 def register():

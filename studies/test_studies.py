@@ -29,7 +29,8 @@ import unet
 from attacks import SimCLR, Victim, fit, partner_scores, publish
 from le import BadInput, purify
 from perceptual import VGG
-from studies import answers, arrays, contrastive, handout, opponents, pictures, scenarios
+from studies import (answers, arrays, contrastive, handout, opponents, pictures, protections,
+                     scenarios)
 from studies import purify as own_images
 from studies.grading import CLAIMS
 from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, checkpoint, configured,
@@ -719,6 +720,20 @@ def test_main_scenarios_all_asks_each_with_settings_of_its_own(tmp_path, small_r
     for name in questions:
         assert json.loads((run / f"{name}.json").read_text())
         assert Image.open(run / f"{name}.png").width > 300
+
+
+def test_convolved_filters_every_channel_and_image_of_a_class_alike():
+    dot = torch.zeros(6, 3, 8, 8)
+    dot[:, :, 4, 4] = 1.0                                  # what becomes of it is the filter
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    made = protections.convolved(dot, labels, None, epsilon=0, seed=0, report=silent)
+    filters = made[:, :, 3:6, 3:6].flatten(2)
+    assert made.sum() == filters.sum()
+    same(filters[:3], filters[3:])
+    same(filters[:, :1].expand_as(filters), filters)
+    highest, others = filters.sort(descending=True)[0].split((1, 8), dim=2)
+    assert (highest == 1).all() and others.max() < 0.31
+    assert len({f.numpy().tobytes() for f in filters[:3, 0]}) == 3
 
 
 def test_unshared_takes_away_what_all_images_bear_and_others_do_not():
