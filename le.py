@@ -220,7 +220,7 @@ def as_bytes(images):
 
 
 def as_float(images):
-    return images.float().div(255)
+    return images / 255
 
 
 @contextmanager
@@ -339,6 +339,11 @@ def read_arrays(path):
         raise
     except Exception as error:                             # numpy and zipfile raise many kinds
         raise BadInput(f"{path}: not a readable file of arrays ({type(error).__name__})") from None
+
+
+def writes_last(path):
+    """Where either axis could be the channels: NumPy's users write them last, torch's second."""
+    return Path(path).suffix.startswith(".np")
 
 
 def are_last(array, last):

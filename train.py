@@ -41,7 +41,7 @@ from attacks import (EPSILON, OPTIMIZERS, PROTECTIONS, VICTIMS, VIEWS, ResNet, V
                      class_scores, fit, publish, published, victim_of)
 from le import (IMAGES, PURIFIERS, SAMPLERS, Parser, Progress, Sampler, all_here, as_bytes,
                 as_float, channels_second, described, divided, download, image_files, images_of,
-                one_line_errors, open_image, pixels_of, processes, read_arrays)
+                one_line_errors, open_image, pixels_of, processes, read_arrays, writes_last)
 from perceptual import VGG
 from unet import DEVICE, PROCESSES, RANK, BadInput, UNet, on_device, said, train_unet
 
@@ -576,11 +576,12 @@ def load_data(c):
         asked = " + ".join(f"{n} {name}" for name, n in counts.items())
         raise BadInput(f"--data {c.data}: {len(images)} images for {asked}; ask for fewer"
                        + ", or give --unprotected" * bool(c.published))
-    order = torch.arange(len(images))                      # shapes are independent already
-    if c.data != "shapes":
+    used = slice(sum(counts.values()))
+    if c.data != "shapes":                                 # which are independent already
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(c.seed))
-    parts = order[:sum(counts.values())].split(list(counts.values()))
-    sets |= {name: (images[part], labels[part]) for name, part in zip(counts, parts)}
+        images, labels = images[order[used]], labels[order[used]]
+    parts = [part[used].split(list(counts.values())) for part in (images, labels)]
+    sets |= dict(zip(counts, zip(*parts)))
     print(f"{len(classes)} classes, {', '.join(map(str, classes[:10]))}; images: "
           + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in sets.items()))
     return sets, classes
@@ -643,8 +644,8 @@ def published_images(c, images, labels):
     else:
         arrays = read_arrays(path)
     for array in arrays.values():
-        noise = perturbation_of(array, path.suffix)
-        ue = images_of(array, last=path.suffix.startswith(".np")) if noise is None else noise
+        noise = perturbation_of(array, writes_last(path))
+        ue = images_of(array, writes_last(path)) if noise is None else noise
         if ue is not None and ue.shape[1:] == images.shape[1:]:
             break
     else:
@@ -666,9 +667,9 @@ def published_images(c, images, labels):
     return ue
 
 
-def perturbation_of(array, suffix):
+def perturbation_of(array, last):
     """The perturbation (M, 3, H, W) that an array holds, in [0, 1] units or as int8; else None."""
-    x = channels_second(array, last=suffix.startswith(".np"))
+    x = channels_second(array, last)
     if x is None or not (x.dtype == torch.int8 or x.is_floating_point()):
         return None
     x = x / 255 if x.dtype == torch.int8 else x.float()
@@ -738,8 +739,9 @@ class Inputs(pickle.Pickler):
 
     def reducer_override(self, thing):
         if isinstance(thing, torch.Tensor):
-            array = thing.detach().cpu().contiguous().numpy()
-            return str, (str(array.dtype), array.shape, array.tobytes())
+            for part in torch.atleast_1d(thing.detach()).split(500):  # as memory counts here
+                self.hash.update(part.cpu().numpy().tobytes())
+            return str, (str(thing.dtype), thing.shape)
         if isinstance(thing, nn.Module):                   # a set has no order to rely on
             state = {key: sorted(value) if isinstance(value, set) else value
                      for key, value in vars(thing).items()}

@@ -12,7 +12,7 @@ import le
 import unet
 from attacks import luma
 from le import (BATCH, BadInput, Progress, are_last, as_bytes, as_float, described, images_of,
-                read_arrays, seed_of)
+                read_arrays, seed_of, writes_last)
 from train import hashes
 
 # -- Images of any size ----------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def images_in(path):
     arrays, images = read_arrays(path), {}
     for key, array in arrays.items():
         whole = np.repeat(array[..., None], 3, 3) if is_grey(array) else array
-        found = images_of(whole, last=path.suffix.startswith(".np"))
+        found = images_of(whole, last=writes_last(path))
         if found is not None:
             images[key] = found.contiguous()
     if not images:
@@ -130,7 +130,7 @@ def purify_array(source, out, clean, seed, settings, save_every=30):
                 unet.save(partial, done)
                 written_at = time.time()
         place += len(x)
-    last = source.suffix.startswith(".np")
+    last = writes_last(source)
     made = {key: written(arrays[key], x, last) for key, x in done.items()}
     write_arrays(out, arrays | made)
     partial.unlink(missing_ok=True)
