@@ -7,6 +7,10 @@
     python train.py --data DIR          your own folder of class folders with images
     torchrun --nproc_per_node=2 train.py    by two processes, on a GPU each if there are
 
+What to see (shapes, seed 0): error-minimizing noise takes a classifier from 99.7 to 16.9 %, and
+purification brings it back to 95.0; contrastive poisoning takes SimCLR from 98.1 to 60.3, and back
+to 98.2.
+
 Read `story` first. Results are kept in runs/, with a table and a picture, and made again only when
 their inputs, their settings or the files that their code is in have changed.
 """
@@ -98,9 +102,8 @@ DEFAULTS = {
     "vgg_weights": "",             # torchvision's vgg16-397923af.pth, in place of training one
     "lpips": ""}                   # LPIPS's linear layers for it
 
-# How the papers' victims learn
-BY_SGD = {"classifier.optimizer": "sgd", "classifier.batch_size": 128, "classifier.lr": 0.1,
-          "simclr.optimizer": "sgd", "simclr.lr": 0.1}
+# How the papers' classifiers learn
+BY_SGD = {"classifier.optimizer": "sgd", "classifier.batch_size": 128, "classifier.lr": 0.1}
 
 # What differs from the defaults. Photographs are cifar10 and folders, without being asked
 CONFIGS = {
