@@ -789,8 +789,8 @@ def probe_of(x, view, data):
     """Accuracy of a small SimCLR that is trained on x."""
     config = dict(widths=(8, 16, 32, 64), blocks=1, strides=(2, 2, 2), classes=10)
     victim = Victim(SimCLR, partner_scores, config, dict(view=view, temperature=0.2))
-    made = fit(victim, x, torch.zeros(len(x), dtype=torch.long), epochs=5, batch_size=64,
-               lr=0.1, optimizer="muon", seed=0, report=silent)
+    made = fit(victim, x, torch.zeros(len(x), dtype=torch.long), epochs=10, batch_size=64,
+               lr=0.2, seed=0, report=silent)
     net = victim.fresh(0).eval()
     net.load_state_dict(made["weights"])
     return train.linear_probe(net, data, data)
@@ -804,7 +804,7 @@ def test_SimCLR_can_be_fooled_by_a_code_that_is_added_after_the_views():
     clean = probe_of(x, attacks.quadrant_view, (x, labels))
     after = functools.partial(opponents.coded_view, view=attacks.quadrant_view)
     fooled = probe_of(torch.cat([x, code], 1), after, (x, labels))
-    assert clean > 58 and fooled < clean - 12              # 65 and 46 when this was written
+    assert clean > 58 and fooled < clean - 12              # 66 and 49 when this was written
 
 
 # -- Assignments (see the README) ------------------------------------------------------------------
