@@ -95,8 +95,8 @@ class Victim:
 # report, ...) -> unlearnable examples of the same shape.
 
 def min_min(images, labels, victim, *, shared="image", start=None, surrogates=1, rounds=10,
-            train_batches=10, noise_batches=None, noise_steps=1, step=0.2, momentum=0.9,
-            lr=0.1, batch_size=128, warm_up=0, epsilon=EPSILON, seed=0, report=None):
+            train_batches=10, noise_batches=None, noise_steps=1, step=0.2, momentum=0.9, lr=0.1,
+            batch_size=128, warm_up=0, epsilon=EPSILON, seed=0, report=None):
     """Noise that leaves nothing to learn: min over noise of min over weights of the loss (Huang et
     al. 2021, Eq. 2; with the loss of SimCLR, He et al. 2023).
 

@@ -178,12 +178,12 @@ def others(c, sets, count, most=3000):
         "LE, one round": replace(ours, rounds=1),
         "released, 20 levels": replace(released, t_star=20, steps=20),
         "released, 36 levels": released}
+    purified_clean = repaired(c, "others-clean-images", net, distance, clean, ours)
     rows = {}
     for name in [name for name in OTHERS if name in c.protections] or OTHERS:
         kind = PROTECTIONS[name].victim
         ue = train.protect(c, name, sets)
-        learnable = repaired(c, "others-clean-images", net, distance, clean, ours)
-        found = {"clean": clean, "clean, purified": learnable, "UE": ue}
+        found = {"clean": clean, "clean, purified": purified_clean, "UE": ue}
         for label in ("JPEG 10", "median 3x3"):
             found[label] = SIMPLE[label](ue, None)
         for label, sampler in samplers.items():

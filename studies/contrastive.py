@@ -57,7 +57,7 @@ def longer(c, sets, count, protection="cp-class"):
     after the views is what any noise of a class can take at most."""
     c.evaluate = "validation"
     images = {"clean": sets["protected"][0], "UE": train.protect(c, protection, sets)}
-    bound = coded(c, sets)["code after"]
+    bound, victim = coded(c, sets)["code after"], reading(c, sets, VIEWS[c.simclr["view"]])
     rows = []
     for epochs in (30, 60, 120):
         c.simclr["epochs"] = min(epochs, c.limit or epochs)
@@ -65,7 +65,6 @@ def longer(c, sets, count, protection="cp-class"):
         for what, x in images.items():
             key = f"longer-{epochs}-{what.lower()}"
             row[what] = shown(spread(c, "simclr", key, x, sets, count))
-        victim = reading(c, sets, VIEWS[c.simclr["view"]])
         row["code after"] = shown(judged(c, f"longer-{epochs}-code", victim,
                                          train.training_of(c, "simclr"), bound, sets, count))
         rows.append(row)
