@@ -1,4 +1,4 @@
-"""Tests, usable as an autograder: each names the function and the property. About a minute.
+"""Tests, usable as an autograder: each names the function and the property. Two minutes.
 
     python -m pytest                      all
     python -m pytest -k q_sample          the tests of one function
@@ -1482,12 +1482,16 @@ def torchrun(folder, *arguments):
 
 
 @two_processes
-def test_main_torchrun_gets_the_table_that_one_process_gets(tmp_path):
+def test_main_torchrun_gets_the_table_that_one_process_gets(tmp_path, capsys):
     small = [*SMALL[2:], "--images.protected", "16", "--images.unprotected", "47", "--images.test",
              "20", "--images.validation", "2", "--ddpm.steps", "5", "--perceptual.epochs", "1",
              "--simclr.epochs", "3", "--protections", "cp-class"]
     said = torchrun(HERE, "train.py", *small, "--out", tmp_path / "two")
-    said += run(HERE, "train.py", *small, "--out", tmp_path / "one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                               # as torchrun's
+    train.main([*small, "--out", str(tmp_path / "one")])
+    torch.set_num_threads(threads)
+    said += capsys.readouterr().out
     rows = re.findall(r"^\| cp-class.*$", said, re.M)
     assert len(rows) == 2 and rows[0] == rows[1]           # and only one of two processes talks
     for name in ("cp-class", "vgg", "simclr-cp-class-ue"):

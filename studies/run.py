@@ -50,7 +50,7 @@ def versions(c, name, sets):
 
 
 def repaired(c, key, net, distance, ue, sampler, purifier=le.purify):
-    """LEs by another U-Net or another sampler than the run's."""
+    """LEs by another U-Net, sampler or purifier than the run's."""
     made = train.cached(c, key, le.divided, purifier=purifier, net=net, distance=distance,
                         images=ue, sampler=sampler, seed=c.seed)
     return le.as_float(made["images"])
@@ -120,23 +120,24 @@ def accuracies_on(c, kind, prefix, found, sets, count):
     return row
 
 
-def repaired_each(c, key, net, distance, variants, sampler):
+def repaired_each(c, key, net, distance, variants, sampler, purifier=le.purify):
     """LEs of each of the variants of UEs, by its own seed."""
     learnable = []
     for k, ue in enumerate(variants):
         other, name = of_seed(c, key, k)
-        learnable.append(repaired(other, name, net, distance, ue, sampler))
+        learnable.append(repaired(other, name, net, distance, ue, sampler, purifier))
     return learnable
 
 
-def by_sampler(c, sets, name, cases, samplers, distance, count):
+def by_sampler(c, sets, name, cases, samplers, distance, count, purifier=le.purify):
     """Rows, a sampler each, of the accuracy on what it makes of each case: (variants, U-Net)."""
     rows = []
     for label, sampler in samplers.items():
         row = {"sampler": label}
         for what, (variants, net) in cases.items():
             key = f"{name}-{slug(what)}-{slug(label)}"
-            learnable = repaired_each(c, f"{key}-images", net, distance, variants, sampler)
+            learnable = repaired_each(c, f"{key}-images", net, distance, variants, sampler,
+                                      purifier)
             row[what] = shown(spread_over(c, "classifier", f"{key}-LE", learnable, sets, count))
         rows.append(row)
     return rows

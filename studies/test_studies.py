@@ -27,16 +27,16 @@ import perceptual
 import train
 import unet
 from attacks import SimCLR, Victim, fit, partner_scores, publish
-from le import BadInput, purify
+from le import BadInput, Sampler, purify
 from perceptual import VGG
 from studies import (answers, arrays, contrastive, handout, opponents, pictures, protections,
-                     scenarios)
+                     scenarios, untuned)
 from studies import purify as own_images
 from studies.grading import CLAIMS
-from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, checkpoint, configured,
-                     copy_of_the_project, images, nets, refusal, run, same, seeded, silent,
-                     small_run)
-from unet import UNet, on_device
+from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, awake, checkpoint,
+                     configured, copy_of_the_project, images, nets, refusal, run, same, seeded,
+                     silent, small_run)
+from unet import DEVICE, UNet, on_device
 
 CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
 
@@ -683,6 +683,7 @@ def test_main_says_in_one_line_that_WORLD_SIZE_alone_is_no_torchrun(tmp_path):
     (["scenarios", "code", "--victims", "1"], ["code"]),
     (["scenarios", "longer", "--victims", "1"], ["longer"]),
     (["scenarios", "mean", "--victims", "1", "--protections", "em-class"], ["mean"]),
+    (["scenarios", "ceiling", "--victims", "1", "--protections", "em-class"], ["ceiling"]),
     (["scenarios", "others", "--victims", "1", "--protections", "targeted",
       "--sampler.perceptual_weight", "0"], ["others"]),   # as on photographs
     (["scenarios", "mend", "--victims", "1"], ["mend"]),
@@ -742,6 +743,17 @@ def test_unshared_takes_away_what_all_images_bear_and_others_do_not():
     unprotected = originals.flip(0)                        # other images, of the same mean
     restored = answers.unshared(publish(originals, noise), unprotected)
     same(restored, publish(originals, 0))
+
+
+def test_colours_anew_keeps_grey_values_and_no_colours_of_the_noise():
+    net = awake(UNet(**TINY, size=16)).to(DEVICE)
+    x = 0.3 + 0.4 * images(3, 16)
+    sampler = Sampler(t_star=20, rounds=2, steps=2)
+    anew = untuned.colours_anew(net, x, sampler, [3, 1, 2])
+    assert (anew - x).mean(1).abs().max() <= 1 / 255 and (anew - x).abs().max() > 20 / 255
+    same(untuned.colours_anew(net, x[1:], sampler, [1, 2]), anew[1:])  # noise is each image's own
+    made = untuned.recoloured(net, None, x, sampler, [3, 1, 2])
+    same(made, (255 * made).round() / 255)
 
 
 def test_main_owner_gives_each_victim_a_noise_of_its_own(tmp_path, small_run):
