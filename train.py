@@ -430,8 +430,8 @@ def shapes(n, seed, size=32):
     images = uniform(g, 0.25, 0.75, n, 3, 1, 1).repeat(1, 1, size, size)
     for scale in (8, 16):                                  # the ground
         coarse = torch.randn(n, 3, size // scale + 1, size // scale + 1, generator=g)
-        texture = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
-        images += texture.mul_(uniform(g, 0.03, 0.1, n, 1, 1, 1) / 2 ** 0.5)
+        strength = uniform(g, 0.03, 0.1, n, 1, 1, 1) / 2 ** 0.5
+        images += strength * F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)
     mean = images.mean((2, 3), keepdim=True)
     axis = torch.arange(size) + 0.5
     points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
@@ -441,17 +441,17 @@ def shapes(n, seed, size=32):
         turn = uniform(g, 0, 2 * math.pi, n)
         stretch = uniform(g, -0.2, 0.2, n).exp()
         rotation = torch.stack([turn.cos(), turn.sin(), -turn.sin(), turn.cos()], -1).view(n, 2, 2)
-        p = (points - centre[:, None, None]).flatten(1, 2) @ rotation.mT
-        p = p.view(n, size, size, 2) / radius.view(n, 1, 1, 1)
-        p = p * torch.stack([stretch, 1 / stretch], -1)[:, None, None]
+        stretch = torch.stack([stretch, 1 / stretch], -1)
         colour = F.normalize(torch.randn(n, 3, 1, 1, generator=g), dim=1) * 3 ** 0.5
         colour = colour * uniform(g, 0.25, 0.5, n, 1, 1, 1)
         too_far = (mean + colour - 0.5).abs() > 0.5        # black or white
         colour = torch.where(too_far, -colour, colour)
-        for k, shape in enumerate(SHAPES):
-            own = labels == k                              # cover falls to 0 across the outline
-            distance = signed_distance(shape, p[own]) * radius[own].view(-1, 1, 1)
-            images[own] += (0.5 - distance).clamp(0, 1)[:, None] * colour[own]
+        for k, shape in enumerate(SHAPES):                 # one at a time, as memory counts here
+            own = labels == k
+            p = (points - centre[own, None, None]).flatten(1, 2) @ rotation[own].mT
+            p = p.view(-1, size, size, 2) / radius[own].view(-1, 1, 1, 1) * stretch[own, None, None]
+            distance = signed_distance(shape, p) * radius[own].view(-1, 1, 1)
+            images[own] += (0.5 - distance).clamp(0, 1)[:, None] * colour[own]  # 0 outside it
     sun = uniform(g, 0, 2 * math.pi, n, 1, 1)
     x, y = (points / size - 0.5).unbind(-1)
     images *= (1 + 0.2 * (x * sun.cos() + y * sun.sin()))[:, None]
