@@ -1447,6 +1447,8 @@ def test_parse_lets_options_override_the_configuration_of_the_data():
     assert Sampler(**released.sampler) == le.SAMPLERS["released"]
     runs = [c.run.name for c in (configured(), released, configured("--limit", 9), ours)]
     assert runs == ["shapes", "shapes-released", "shapes-limit9", "cifar10"]
+    quick = configured("--config", "quick")                # from which the story goes on
+    assert vars(quick) == vars(configured()) | dict(protections=("em-class",))
 
 
 def test_parse_config_paper_is_the_papers_protocol():

@@ -88,7 +88,7 @@ DEFAULTS = {
     "unet_start": "",              # a checkpoint, such as released weights, to go on from
     "ddpm.levels": 100,            # noise levels 1..levels are learned, no others visited
     "ddpm.tilt": 1.0,              # levels are drawn by their noise's deviation to this power
-    "ddpm.steps": 4000,            # training steps of the U-Net
+    "ddpm.steps": 2000,            # training steps of the U-Net
     "ddpm.batch_size": 16,         # images a step
     "ddpm.lr": 4e-3,               # the highest learning rate
     "ddpm.ema_decay": 0.999,       # of the moving average of the weights
@@ -118,7 +118,7 @@ CONFIGS = {
         "perceptual.epochs": 40, "perceptual.optimizer": "sgd",
         "noise.em-class.rounds": 24,
         "noise.em-sample.rounds": 12} | named("sampler", asdict(SAMPLERS["photographs"])),
-    "quick": {"protections": ("em-class",), "ddpm.steps": 2000},
+    "quick": {"protections": ("em-class",)},
     "released": named("sampler", asdict(SAMPLERS["released"])),
     # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et
     # al., VGG-16; contrastive noise by 20 and 20 batches of 512 and one surrogate
@@ -886,7 +886,8 @@ def parse(argv):
     if c.published or is_published(c.data):
         c.protections = ("published",)
     check(c, options)
-    parts = [Path(c.data).resolve().name, given["config"], f"limit{limit}" * bool(limit),
+    config = None if given["config"] == "quick" else given["config"]  # the story goes on from it
+    parts = [Path(c.data).resolve().name, config, f"limit{limit}" * bool(limit),
              Path(c.published).stem]
     c.run = Path(c.out or "runs/" + "-".join(filter(None, parts)))
     return given["stage"], given["download"], c
