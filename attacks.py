@@ -515,7 +515,7 @@ PROTECTIONS = {
     "em-sample": Protection(min_min, "classifier", "em-class", dict(
         noise_steps=2, lr=0.2, warm_up=200)),
     "cp-class": Protection(min_min, "simclr", settings=dict(
-        shared="class", surrogates=5, rounds=10, train_batches=16, noise_batches=8, step=0.15,
+        shared="class", surrogates=7, rounds=10, train_batches=16, noise_batches=8, step=0.15,
         batch_size=384)),
     "cp-sample": Protection(min_min, "simclr", "cp-class", dict(
         surrogates=1, rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256)),

@@ -1,14 +1,15 @@
 """The whole experiment: protect images, purify them, and see what victims learn from each.
 
-    python train.py --config quick      the story in four minutes, on one protection
+    python train.py --config quick      the story on one protection, in four to eight minutes
     python train.py                     all protections, on built-in images (shapes)
     python train.py ddpm                only the networks that purification needs
     python train.py --data cifar10 --root cifar-10-binary.tar.gz
     python train.py --data DIR          your own folder of class folders with images
     torchrun --nproc_per_node=2 train.py    by two processes, on a GPU each if there are
 
-What to see (shapes, seed 0): noise takes a classifier from 99 % to about 20, and purification
-brings it back to 97 or more; it takes SimCLR from 99 to 60 or less, and back to 96.
+On 2 cores of an AMD EPYC the quick look prints clean 99.3, UE 18.6, LE 97.9, recovery 0.98. The
+whole story goes on from there, in 6 to 17 minutes more: noise takes a classifier from 99 % to about
+20, and purification brings it back to 98; it takes SimCLR from 98 % to 60 or 66, and back to 97.
 
 Read `story` first. Results are kept in runs/, with a table and a picture, and made again only when
 their inputs, their settings or the files that their code is in have changed.
