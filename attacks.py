@@ -435,7 +435,8 @@ def fit(victim, images, labels, *, epochs, batch_size, lr, seed, report, optimiz
 
     epochs         of the victim's training
     batch_size     images a step
-    lr             the highest learning rate of the one cycle
+    lr             the highest learning rate of the one cycle, in which the momentum goes the
+                   other way, from 0.95 to 0.85 and back
     optimizer      how it learns: a name in OPTIMIZERS
     Returns its {"weights"}, "config" if it has one, and the mean loss of each epoch, "losses".
     """
@@ -490,7 +491,7 @@ def victim_of(name, resnet, settings):
 class Protection:
     """An entry of PROTECTIONS: the function, whom it is to fool, and its settings."""
     make: Callable
-    victim: str = "classifier"     # or "simclr": who judges it, and who `make` is given
+    victim: str = "classifier"     # a name in VICTIMS: who judges it, and who `make` is given
     start: str = ""                # the protection whose UEs are given to it as `start`
     settings: dict = field(default_factory=dict)
 

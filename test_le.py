@@ -1416,6 +1416,7 @@ def test_main_interrupted_shows_no_traceback_and_says_how_to_go_on(tmp_path):
     (["--sampler.pixel_weight", "1e999"], "--sampler.pixel_weight inf"),
     (["--evaluate", "train"], "--evaluate"), (["--victim", "oracle"], "--victim"),
     (["--protections", "em,ps"], "--protections: expected em-class,"),
+    (["--protections", "published"], "--protections"), (["--lpips", "l.pth"], "--vgg_weights"),
     (["--protections", ""], "--protections"), (["--out", "file/run"], "file"),
     (["--data", "nowhere"], "expected shapes, cifar10 or an existing folder"),
     (["--data", "cifar10", "--root", "nowhere.tar.gz"], "nowhere.tar.gz: no such file"),
@@ -1424,7 +1425,7 @@ def test_main_interrupted_shows_no_traceback_and_says_how_to_go_on(tmp_path):
     (["--sampler.t_star", "200"], "--ddpm.levels"), (["--epsilon", "0.5"], "--epsilon: expected 1"),
     (["--limit", "1"], "--limit: expected 2 or more"), (["--size", "30"], "--unet"),
     (["--resnet.strides", "2,2"], "--resnet"), (["--vgg.convs", ""], "--vgg"),
-    (["ddpm", "--unet_start", "none.pt"], "none.pt"),
+    (["ddpm", "--unet_start", "none.pt", "--sampler.perceptual_weight", "0"], "none.pt"),
     (["--resnet.widths", "4,8,8,8"], "--resnet.widths: expected 8 or more each"),
 ])
 def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):

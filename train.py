@@ -155,7 +155,7 @@ def story(c, stage="all"):
     claim(c)
     if stage == "all" and min(len(labels) for _, labels in sets.values()) < 2:
         raise BadInput(f"--data {c.data}: expected two or more images in each of the four sets")
-    net, distance = train_ddpm(c, sets), train_vgg(c, sets)
+    distance, net = train_vgg(c, sets), train_ddpm(c, sets)
     if stage == "ddpm":
         return
     rows, pictures = [], {}
@@ -377,7 +377,7 @@ def show(c, sets, rows, pictures):
     print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
           f"encoder's probe has {floor:.1f}.\nMore in {c.run}: results.json, and figure.png "
           "with originals, then UEs, their noise x16 and LEs\nof each protection; "
-          "`python -m studies.pictures` draws more.")
+          "`python -m studies.pictures`, with the same options, draws more.")
 
 
 # -- Data: shapes ----------------------------------------------------------------------------------
@@ -508,6 +508,7 @@ def folder(root, size, classes=()):
     files = [file for file in found if file.parent != Path(root)]
     names = [file.relative_to(root).parts[0] for file in files]
     left_out += [file for file in found if file.parent == Path(root)]
+    left_out += [path for path in Path(root).iterdir() if path.is_symlink() and path.is_dir()]
     if left_out:
         print(f"{root}: {len(left_out)} files that are no images of a class are left out: "
               f"{', '.join(map(str, left_out[:3]))}{' ...' * (len(left_out) > 3)}")
@@ -525,7 +526,7 @@ def folder(root, size, classes=()):
 def classes_in(*folders):
     """The names of the classes that have a folder in one of these."""
     names = {path.name for root in folders for path in root.iterdir() if image_files(path)[0]
-             and path.name[0] != "."}
+             and path.name[0] != "." and not path.is_symlink()}
     return sorted(names)
 
 
@@ -919,6 +920,7 @@ def check(c, options):
             zero = number == 0 and option.rpartition(".")[2] in ZERO
             if counts and not (0 < number < 2 ** 31 or zero):
                 raise BadInput(f"--{option} {number}: expected a number above 0, below 2 ** 31")
+    theirs = ["published"] * bool(c.published or is_published(c.data))
     for option, fits, expected in (
             ("limit", c.limit != 1, "2 or more"), ("epsilon", 1 <= c.epsilon <= 255, "1 to 255"),
             ("ddpm.levels", c.ddpm["levels"] <= unet.T, f"at most {unet.T}"),
@@ -927,8 +929,9 @@ def check(c, options):
             # below 8, oneDNN (torch 2.13.0) errs in gradients of strides where AVX2 is the best
             ("resnet.widths", min(c.resnet["widths"], default=0) >= 8, "8 or more each"),
             ("root", c.root == DEFAULTS["root"] or c.data == "cifar10", "--data cifar10 beside it"),
-            ("protections", c.protections and set(c.protections) <= {*PROTECTIONS, "published"},
+            ("protections", c.protections and set(c.protections) <= {*PROTECTIONS, *theirs},
              ",".join(PROTECTIONS)),
+            ("lpips", c.vgg_weights or not c.lpips, "--vgg_weights beside it"),
             ("unprotected", c.published or not c.unprotected, "--published beside it"),
             ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"],
              f"at most --ddpm.levels, {c.ddpm['levels']}, which the U-Net learns")):

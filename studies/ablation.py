@@ -25,6 +25,7 @@ import unet
 from le import as_bytes, as_float
 from unet import on_device
 from studies.drawing import grid, plot
+from studies.purifiers import deterministic, weighted
 from studies.run import chosen, networks, opened, parser_of, repaired, slug, spread
 
 
@@ -75,25 +76,6 @@ SIMPLE = {"none": none, "grayscale": grayscale, "JPEG 10": jpeg, "median 3x3": m
 
 # -- Samplers --------------------------------------------------------------------------------------
 
-def deterministic(net, distance, images, sampler, seeds, report):
-    """A purifier without guidance, by DDIM's strides: its only noise is that of the diffusion."""
-    noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = images.shape[1:]
-    eps = torch.stack([torch.randn(shape, generator=noise) for noise in noises])
-    xt, x0 = unet.q_sample(2 * images - 1, sampler.t_star, eps), []
-    for part in xt.split(le.BATCH):
-        made = unet.sample(net, on_device(part), sampler.steps, sampler.t_star, unet.ddim)
-        x0.append(made.cpu())
-        report(min(le.BATCH * len(x0), len(xt)), len(xt))
-    return (torch.cat(x0) / 2 + 0.5).clamp(0, 1)
-
-
-def weighted(sampler, factor):
-    """The sampler with `factor` times its weights."""
-    return replace(sampler, pixel_weight=factor * sampler.pixel_weight,
-                   perceptual_weight=factor * sampler.perceptual_weight)
-
-
 def questions(joint):
     """{question: {name: a countermeasure in SIMPLE, or a Sampler}}."""
     released = le.SAMPLERS["released"]
@@ -134,7 +116,7 @@ def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):
         purifier = deterministic if label == "unguided, DDIM" else le.purify
         made = repaired(c, key, net, distance, ue, sampler, purifier)
         evaluations = sampler.rounds * sampler.steps
-    accuracies = spread(c, train.PROTECTIONS[name].victim, key, made, sets)
+    accuracies = spread(c, train.kind_of(c, name), key, made, sets)
     lost = clean - accuracies if lost is None else lost    # the first row: nothing is done
     row = dict(countermeasure=label, accuracy=accuracies.mean().item(),
                spread=accuracies.std().item(), psnr=train.psnr(made, originals),

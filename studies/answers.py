@@ -38,7 +38,7 @@ def victims(c, sets, count):
     rows = []
     for name in c.protections:
         found = versions(c, name, sets)
-        kind = PROTECTIONS[name].victim
+        kind = train.kind_of(c, name)
         surrogate = accuracies_on(c, kind, name, found, sets, count)
         rows.append({"victim": f"ResNet, {name}"} | surrogate)
         for other, (learns, victim, training) in opponents(c, sets).items():
@@ -55,8 +55,8 @@ def victims(c, sets, count):
 
 # -- The owner answers -----------------------------------------------------------------------------
 
-def noises(c, sets, protection, what, known, epsilon, count):
-    """UEs of a protection, at epsilon of 255, that knows a U-Net or (None) no sampler: of several
+def noises(c, sets, what, known, epsilon, count, protection="em-class"):
+    """UEs of em-class, at epsilon of 255, that knows a U-Net or (None) no sampler: of several
     seeds, since another noise made in the same way may protect by many points more or less."""
     images, labels = sets["protected"]
     how = c.noise[protection] | dict(epsilon=epsilon / 255)
@@ -82,7 +82,7 @@ def known_priors(c, images, net):
         "knows its U-Net": net}
 
 
-def owner(c, sets, count, protection="em-class"):
+def owner(c, sets, count):
     """Does noise survive that is larger, or knows the sampler? By a U-Net that the owner trains on
     the images before they are protected, or by the unauthorized user's own. Each victim has a
     noise of its own."""
@@ -95,7 +95,7 @@ def owner(c, sets, count, protection="em-class"):
     for epsilon in (c.epsilon, 2 * c.epsilon):
         for what, known in known_priors(c, images, net).items():
             key = f"owner-{epsilon:g}-{slug(what)}"
-            ues = noises(c, sets, protection, what, known, epsilon, count)
+            ues = noises(c, sets, what, known, epsilon, count)
             learnable = repaired_each(c, f"{key}-images", net, distance, ues, ours)
             on_ue = spread_over(c, "classifier", f"{key}-UE", ues, sets, count)
             on_le = spread_over(c, "classifier", f"{key}-LE", learnable, sets, count)
@@ -108,7 +108,7 @@ def owner(c, sets, count, protection="em-class"):
     return rows
 
 
-def reply(c, sets, count, protection="em-class"):
+def reply(c, sets, count):
     """Do other samplers undo what this one does not? Noise that knows it, and any noise by a U-Net
     that has seen other images; beside them, what they cost where nothing had to be mended. Each
     victim has a noise of its own."""
@@ -117,7 +117,7 @@ def reply(c, sets, count, protection="em-class"):
     priors = known_priors(c, sets["protected"][0], net)
     cases = {}
     for what in ("as before", "knows the sampler"):
-        cases[what] = noises(c, sets, protection, what, priors[what], c.epsilon, count), net
+        cases[what] = noises(c, sets, what, priors[what], c.epsilon, count), net
     ues, _ = cases["as before"]
     for what, images in foreign(c, len(sets["unprotected"][0])).items():
         cases[f"U-Net of {what}"] = ues, prior(c, f"shift-{what}", images)

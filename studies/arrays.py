@@ -51,7 +51,8 @@ def purify_any(net, distance, images, sampler, seeds, tile=128, overlap=16):
     for i in positions(x.shape[2], tile, overlap):
         for j in positions(x.shape[3], tile, overlap):
             part = x[:, :, i:i + height, j:j + width].contiguous()
-            part = le.purify(net, distance, part, sampler, [seed_of(seed, count) for seed in seeds])
+            own = [seed_of(seed % 2 ** 32, count) for seed in seeds]  # below 2 ** 63
+            part = le.purify(net, distance, part, sampler, own)
             total[:, :, i:i + height, j:j + width] += weight * part
             weights[i:i + height, j:j + width] += weight
             count += 1
@@ -61,8 +62,9 @@ def purify_any(net, distance, images, sampler, seeds, tile=128, overlap=16):
 # -- Arrays in files -------------------------------------------------------------------------------
 
 def is_grey(array):
-    """8-bit images (N, H, W)."""
-    return array.ndim == 3 and array.dtype == np.uint8 and array.size
+    """8-bit images (N, H, W), not one image (H, W, 3)."""
+    several = array.ndim == 3 and array.shape[-1] not in (3, 4)
+    return several and array.dtype == np.uint8 and array.size
 
 
 def images_in(path):
@@ -99,7 +101,8 @@ def write_arrays(path, arrays):
     elif path.suffix == ".npy":
         np.save(content, arrays[""])
     else:
-        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        tensors = {key: array.tolist() if array.dtype.kind in "OUS" else torch.from_numpy(array)
+                   for key, array in arrays.items()}       # texts and the like are no tensors
         torch.save(tensors.get("", tensors), content)
     with unet.whole(path) as partial:
         partial.write_bytes(content.getvalue())

@@ -56,6 +56,11 @@ def evaluate(net, images, sampler):
             net(part, sampler.t_star)
 
 
+def train_afresh(unfinished, **how):
+    unfinished.unlink(missing_ok=True)                     # of a loop before, if it took long
+    train.train_unet(unfinished=unfinished, **how)
+
+
 def loops_of(c, sets, count=512):
     """{what: (a function, how many images it handles)}."""
     net, distance = networks(c, sets, perceptual=True)
@@ -81,7 +86,7 @@ def loops_of(c, sets, count=512):
         "purify": (partial(le.purify, net, distance, images, ours), count),
         "released, 20 levels": (partial(le.purify, net, distance, few, shorter), len(few)),
         "released, 36 levels": (partial(le.purify, net, distance, few, longest), len(few)),
-        "U-Net training": (partial(train.train_unet, fresh, images, **short), count),
+        "U-Net training": (partial(train_afresh, net=fresh, images=images, **short), count),
         "error-minimizing noise": (partial(em, x, y, classifier, **noise), count),
         "contrastive noise": (partial(cp, x, y, simclr, **noise), count),
         "classifier training": (partial(fit, classifier, x, labels, **once), count),

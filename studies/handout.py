@@ -9,6 +9,7 @@ too, fail and say what is expected.
 import argparse
 import ast
 import shutil
+from functools import partial
 from pathlib import Path
 
 import le
@@ -47,12 +48,17 @@ def body_of(source, name):
     return docstring, lines[first.end_lineno:others[-1].end_lineno]
 
 
+def left_out(folder, names, out):
+    """What of a folder is not copied: runs and the like, and the copy itself."""
+    here = {name for name in names if (Path(folder) / name).resolve() == out}
+    return here | shutil.ignore_patterns(".*", "runs", "__pycache__", "venv")(folder, names)
+
+
 def hand_out(numbers, out):
     """Write a new copy of the project without the bodies of these assignments."""
     if out.exists():
         raise BadInput(f"--out {out}: is there already; expected a new folder")
-    left_out = shutil.ignore_patterns(".*", "runs", "__pycache__", "venv", out.name)
-    shutil.copytree(HERE, out, ignore=left_out)
+    shutil.copytree(HERE, out, ignore=partial(left_out, out=out.resolve()))
     for number in numbers:
         file, name = ASSIGNMENTS[number]
         source = (out / file).read_text(encoding="utf-8")
@@ -68,7 +74,11 @@ def solve(numbers, out):
         file, name = ASSIGNMENTS[number]
         docstring, body = body_of((HERE / file).read_text(encoding="utf-8"), name)
         source = (out / file).read_text(encoding="utf-8")
-        (out / file).write_text(with_body(source, name, docstring + body), encoding="utf-8")
+        try:
+            solved = with_body(source, name, docstring + body)
+        except SyntaxError as error:
+            raise BadInput(f"{out / file}: line {error.lineno}: {error.msg}") from None
+        (out / file).write_text(solved, encoding="utf-8")
 
 
 def main(argv=None):

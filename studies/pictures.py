@@ -4,7 +4,7 @@
     python -m studies.pictures forward     the noise drowns the perturbation before the picture
 
 overview     original, UE, noise x16 and LE of each class; of others by --protections targeted
-forward      an image and its UE at levels 0, 10, 36, 100, ..., and the distance between the two
+forward      an image and its UE at levels 0, 10, 36, 100, ..., and their difference x16
 strip        a UE on its way to an LE: x_t at every level that the sampler visits
 curves       loss of classifiers and of SimCLR, by epoch, on clean images, UEs and LEs
 confusion    what classifiers trained on clean images, UEs and LEs take clean images for
@@ -58,8 +58,8 @@ def forward(c, sets, classes, path, levels=(0, 10, 36, 100, 300, 1000)):
     """The same noise on an image and on its UE: what differs between them is soon nothing beside
     it, and what they show is not."""
     name = c.protections[0]
-    original = sets["protected"][0][2:3]
-    ue = train.protect(c, name, sets)[2:3]
+    original = sets["protected"][0][:3][-1:]               # the third, where there are three
+    ue = train.protect(c, name, sets)[:3][-1:]
     generator = torch.Generator().manual_seed(c.seed)
     eps = torch.randn(original.shape, generator=generator)
     rows = {"original": [], f"{name} UE": [], "difference x16": []}
@@ -81,10 +81,10 @@ def strip(c, sets, classes, path):
     sampler = le.Sampler(**c.sampler)
     net, distance = networks(c, sets)
     visited = unet.visited_levels(sampler.t_star, sampler.steps)[:-1]
-    original = sets["protected"][0][2]
+    original = sets["protected"][0][:3][-1]
     rows = []
     for name in c.protections:
-        ue = train.protect(c, name, sets)[2]
+        ue = train.protect(c, name, sets)[:3][-1]
         y = on_device(ue[None] * 2 - 1)
         draw = partial(normal_like, y, torch.Generator().manual_seed(c.seed))
         trace = []
@@ -143,6 +143,7 @@ def directions(encoder, images):
 def neighbours(c, sets, classes, path, count=4):
     """Of three test images: `count` neighbours each, by an encoder of clean images, UEs and LEs."""
     known, _ = sets["unprotected"]
+    count = min(count, len(known))
     test, labels = sets[c.evaluate]
     asked = test[train.first_of_each(labels, 3)]
     rows = []

@@ -12,7 +12,6 @@ import torch
 import le
 import train
 import unet
-from attacks import PROTECTIONS
 from studies.drawing import grid
 from studies.run import networks, repaired, shown, slug, spread
 
@@ -48,7 +47,7 @@ def denoising_psnr(net, images, sampler):
 def row_of(c, study, key, net, distance, sets, ue, protection, count):
     """What a U-Net is worth as a prior: a row without its name, and the LEs. Clean images and UEs
     are the study's, whichever the U-Net."""
-    kind = PROTECTIONS[protection].victim
+    kind = train.kind_of(c, protection)
     sampler = le.Sampler(**c.sampler)
     learnable = repaired(c, f"{key}-le", net, distance, ue, sampler)
     clean = spread(c, kind, f"{study}-clean", sets["protected"][0], sets, count)

@@ -3,6 +3,7 @@
 Each has the signature of an entry of `attacks.PROTECTIONS`: (images (N, 3, H, W) in [0, 1], labels
 (N,), victim, *, epsilon, seed, report) -> unlearnable examples of the same shape.
 """
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -20,14 +21,15 @@ def patches(images, labels, victim, *, epsilon, seed, report, size=8, spread=0.2
     that a linear classifier tells the classes apart: each patch has one colour, within epsilon.
     """
     generator = torch.Generator().manual_seed(seed)
-    side = images.shape[-1] // size
+    pixels = images.shape[-1]
+    side = math.ceil(pixels / size)
     classes = int(labels.max()) + 1
     corners = torch.randint(0, 2, (classes, 3, side, side), generator=generator)
     points = 2.0 * corners[labels.cpu()] - 1
     points = points + spread * torch.randn(points.shape, generator=generator)
     colours = points.clamp(-1, 1).repeat_interleave(size, 2).repeat_interleave(size, 3)
     report(len(images), len(images))
-    return publish(images, epsilon * colours.to(images))
+    return publish(images, epsilon * colours[..., :pixels, :pixels].to(images))
 
 
 def one_pixel(images, labels, victim, *, epsilon, seed, report):

@@ -52,7 +52,8 @@ def cross(c, sets, count):
     """Each protection before a victim that it was not made against, --victim or another."""
     rows = []
     for name in c.protections:
-        kind = c.victim or OTHER[PROTECTIONS[name].victim]
+        against = getattr(PROTECTIONS.get(name), "victim", "classifier")
+        kind = c.victim or OTHER.get(against, "classifier")
         found = versions(c, name, sets)
         rows.append({"protection": name, "victim": kind}
                     | accuracies_on(c, kind, name, found, sets, count))
@@ -92,7 +93,8 @@ def worth(c, sets, count, protection="em-sample"):
     for n in counts_up_to(len(own)):
         by_few = by_all
         if n < len(own):
-            by_few = repaired(c, f"worth-{protection}-{n}-le", prior(c, f"few-{n}", own[:n]), None, ue, pixels)
+            learned = prior(c, f"few-{n}", own[:n])
+            by_few = repaired(c, f"worth-{protection}-{n}-le", learned, None, ue, pixels)
         row = {"own images": n}
         added = {"alone": own[:0], "and UE": ue, "and LE": by_all, "and LE, U-Net of own": by_few,
                  "and clean": clean}
@@ -113,7 +115,7 @@ def part(c, sets, count, protection="em-sample"):
     """Everything is purified, protected or not, since nobody knows which is."""
     c.evaluate = "validation"
     found = versions(c, protection, sets)
-    kind = PROTECTIONS[protection].victim
+    kind = train.kind_of(c, protection)
     clean, labels = sets["protected"]
     purified_clean = train.make_learnable(c, "nothing", clean, *networks(c, sets))
     ends = accuracies_on(c, kind, protection, found, sets, count)
@@ -158,7 +160,7 @@ def strides(c, sets, count):
             if steps:
                 sampler = replace(le.Sampler(**c.sampler), steps=steps)
                 images = repaired(c, f"{key}-le", net, distance, images, sampler)
-            kind = PROTECTIONS[name].victim
+            kind = train.kind_of(c, name)
             row[name] = shown(spread(c, kind, key, images, sets, count))
         rows.append(row)
     return rows
@@ -180,7 +182,8 @@ def draw(name, rows):
 def ask(name, c, sets, victims):
     """Make a scenario's table, and write it and its picture to the run's folder."""
     one = {}
-    if len(c.protections) == 1 and "protection" in signature(SCENARIOS[name]).parameters:
+    takes_one = "protection" in signature(SCENARIOS[name]).parameters
+    if takes_one and len(c.protections) == 1 and c.protections[0] in PROTECTIONS:
         one = dict(protection=c.protections[0])            # in place of the question's own
     rows = SCENARIOS[name](c, sets, victims, **one)
     path = c.run / f"{name}.json"

@@ -26,11 +26,11 @@ import le
 import perceptual
 import train
 import unet
-from attacks import SimCLR, Victim, fit, partner_scores, publish
+from attacks import EPSILON, SimCLR, Victim, fit, partner_scores, publish
 from le import BadInput, Sampler, purify
 from perceptual import VGG
 from studies import (answers, arrays, contrastive, handout, opponents, pictures, protections,
-                     scenarios, untuned)
+                     purifiers, scenarios)
 from studies import purify as own_images
 from studies.grading import CLAIMS
 from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, awake, checkpoint,
@@ -443,6 +443,21 @@ def test_main_purify_goes_on_and_names_what_it_cannot_read(tmp_path, checkpoints
     assert {name: path.read_bytes() for name, path in files_in(out).items()} == first
 
 
+def test_main_purify_takes_any_seed_and_copies_what_is_no_array(tmp_path, checkpoints):
+    source, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    others = dict(classes=["cat", "dog"], note=None, meta=dict(epsilon=8))
+    torch.save(dict(images=images(2, 16), **others), source)
+    own_images.main([str(source), str(out), *checkpoints, "--seed", str(2 ** 31 - 1)])
+    made = torch.load(out)
+    assert made.pop("images").shape == (2, 3, 16, 16) and made == others
+
+
+def test_images_in_refuses_one_image_which_is_not_many_grey_ones(tmp_path):
+    np.save(tmp_path / "one.npy", np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(BadInput, match="expected 8-bit images, N x H x W x 3"):
+        arrays.images_in(tmp_path / "one.npy")
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
 def test_main_purify_takes_an_array_the_same_after_an_interruption(tmp_path, checkpoints, suffix,
                                                                      monkeypatch):
@@ -706,6 +721,18 @@ def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
         assert Image.open(tmp_path / "run" / f"{picture_name}.png").width > 300
 
 
+def test_main_studies_know_victims_of_ones_own_and_runs_of_two_images(tmp_path, monkeypatch):
+    monkeypatch.setitem(attacks.VICTIMS, "mine", attacks.VICTIMS["classifier"])
+    own = replace(attacks.PROTECTIONS["em-class"], victim="mine")
+    monkeypatch.setitem(attacks.PROTECTIONS, "own", own)
+    small = [*SMALL, "--limit", "2", "--protections", "own", "--out", str(tmp_path / "run")]
+    train.main(small)
+    scenarios.main(["cross", "--victims", "1", *small])
+    assert Image.open(tmp_path / "run" / "cross.png").width > 300
+    for picture in ("forward", "strip", "neighbours"):
+        pictures.main([picture, *small])
+
+
 def test_main_scenarios_all_asks_each_with_settings_of_its_own(tmp_path, small_run, monkeypatch):
     seen = []
 
@@ -737,6 +764,21 @@ def test_convolved_filters_every_channel_and_image_of_a_class_alike():
     assert len({f.numpy().tobytes() for f in filters[:3, 0]}) == 3
 
 
+def test_patches_fit_any_size():
+    ue = protections.patches(images(4, 28), torch.arange(4) % 2, None, epsilon=EPSILON, seed=0,
+                             report=silent)
+    assert ue.shape == (4, 3, 28, 28)
+
+
+def test_deterministic_goes_through_all_rounds(monkeypatch):
+    net = awake(UNet(**TINY, size=16)).to(DEVICE)
+    done = []
+    sampler = Sampler(t_star=20, rounds=3, steps=2)
+    purifiers.deterministic(net, None, images(2, 16), sampler, [0, 1],
+                            lambda count, total: done.append((count, total)))
+    assert done == [(2, 6), (4, 6), (6, 6)]
+
+
 def test_unshared_takes_away_what_all_images_bear_and_others_do_not():
     originals = 0.25 + images(6) / 2
     noise = torch.tensor([8.0, -8.0, 4.0]).view(3, 1, 1) / 255
@@ -749,10 +791,10 @@ def test_colours_anew_keeps_grey_values_and_no_colours_of_the_noise():
     net = awake(UNet(**TINY, size=16)).to(DEVICE)
     x = 0.3 + 0.4 * images(3, 16)
     sampler = Sampler(t_star=20, rounds=2, steps=2)
-    anew = untuned.colours_anew(net, x, sampler, [3, 1, 2])
+    anew = purifiers.colours_anew(net, x, sampler, [3, 1, 2])
     assert (anew - x).mean(1).abs().max() <= 1 / 255 and (anew - x).abs().max() > 20 / 255
-    same(untuned.colours_anew(net, x[1:], sampler, [1, 2]), anew[1:])  # noise is each image's own
-    made = untuned.recoloured(net, None, x, sampler, [3, 1, 2])
+    same(purifiers.colours_anew(net, x[1:], sampler, [1, 2]), anew[1:])  # noise is each image's own
+    made = purifiers.recoloured(net, None, x, sampler, [3, 1, 2])
     same(made, (255 * made).round() / 255)
 
 
@@ -869,6 +911,15 @@ def test_assignment_solutions_pass_their_tests_even_where_a_student_deleted_all(
         assert (folder / file).read_text() == (HERE / file).read_text()
     tests, _ = outcomes(folder, f"({' or '.join(CLAIMS)}) and {QUICK}")
     assert len(tests) > 15 and {outcome for outcome, _ in tests.values()} == {"PASSED"}
+
+
+def test_assignment_copies_lie_anywhere_and_a_broken_one_is_named(tmp_path, capsys):
+    folder = tmp_path / "studies"                          # a name that is in the project, too
+    handout.main(["1", "--out", str(folder)])
+    assert (folder / "studies" / "handout.py").exists()
+    (folder / "unet.py").write_text("def q_sample(:\n")
+    said = refusal(handout.main, ["1", "--out", str(folder), "--solutions"], capsys)
+    assert "unet.py: line 1" in said
 
 
 @pytest.mark.parametrize("number, name", [(number, name) for number, (_, name)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import le
 import train
-from attacks import PROTECTIONS, publish
-from studies.ablation import SIMPLE, weighted
+from studies.ablation import SIMPLE
 from studies.protections import OTHERS
+from studies.purifiers import recoloured, weighted
 from studies.run import by_sampler, compared_otherwise, networks, repaired, shown, slug, spread
 
 
@@ -36,7 +36,7 @@ def others(c, sets, count, most=3000):
     purified_clean = repaired(c, "others-clean-images", net, distance, clean, ours)
     rows = {}
     for name in [name for name in OTHERS if name in c.protections] or OTHERS:
-        kind = PROTECTIONS[name].victim
+        kind = train.kind_of(c, name)
         ue = train.protect(c, name, sets)
         found = {"clean": clean, "clean, purified": purified_clean, "UE": ue}
         for label in ("JPEG 10", "median 3x3"):
@@ -50,26 +50,6 @@ def others(c, sets, count, most=3000):
             row = rows.setdefault(what, {"images": what})
             row[name] = shown(spread(c, kind, key, images, sets, count))
     return list(rows.values())
-
-
-def colours_anew(net, images, sampler, seeds):
-    """Images (N, 3, H, W) in [0, 1] whose colours the U-Net paints anew, by one evaluation in each
-    of the sampler's rounds, and whose grey values stay; as 8 bits."""
-    once = replace(weighted(sampler, 0), rounds=1, steps=1)
-    x = images
-    for k in range(sampler.rounds):
-        own = [seed + (k + 1) * 2 ** 40 for seed in seeds]  # each round has noise of its own
-        x = le.purify(net, None, x, once, own)
-        x = publish(x, (images - x).mean(1, keepdim=True))
-    return x
-
-
-def recoloured(net, distance, images, sampler, seeds, report=None):
-    """A purifier against both kinds of noise: `colours_anew`, against slow casts of colour; then
-    half the sampler's level, unguided, against fast noise, which takes some of the picture."""
-    x = colours_anew(net, images, sampler, seeds)
-    unguided = replace(weighted(sampler, 0), t_star=sampler.t_star // 2, rounds=1, steps=4)
-    return le.purify(net, None, x, unguided, seeds, report=report)
 
 
 def mend(c, sets, count, most=3000):
