@@ -2,7 +2,8 @@
 # adversarial-robustness-toolbox 1.20.1 against 1.17.1, torch 2.13.0: FGM and PGD in the L1 norm on images in 0..1.
 #
 # A small net tells ten classes of noisy 8-bit images apart. eps = 12 in L1, a usual budget for CIFAR-10, with clip_values=(0, 1).
-# GUESS, before running: the perturbation has L1 size eps, as it has size eps in Linf and in L2, and two releases agree.
+# GUESS: the perturbation has L1 size eps, as it has size eps in Linf and in L2, and two releases agree. (Written down after a broad first
+# run of 1.20.1 had printed other sizes, before 1.17.1 was run and before robustness was measured.)
 # BEHAVIOUR: since 1.18.0 the whole step goes to the one value with the largest gradient, the best step if values had no range. In an image
 # that value reaches 0 or 1 after less than 1 of the 12, the next steps choose it again, and nothing moves any more: FGM changes one value,
 # forty steps give bit for bit what ten give, 0.3 to 1.8 of the 12 is spent, and the net looks 100 % robust. 1.17.1 spreads the step over
@@ -77,7 +78,8 @@ for name, norm, eps in (("Linf", np.inf, 8 / 255), ("L2", 2, 1.0)):
 
 eps = 12.0
 one = report("L1 12, FGM", 1, FastGradientMethod(victim, norm=1, eps=eps).generate(images, targets))
-few, many = (ProjectedGradientDescent(victim, norm=1, eps=eps, eps_step=eps / 4, max_iter=n, verbose=False).generate(images, targets) for n in (10, 40))
+few, many = (ProjectedGradientDescent(victim, norm=1, eps=eps, eps_step=eps / 4, max_iter=n, verbose=False).generate(images, targets)
+             for n in (10, 40))
 report("L1 12, PGD 10 steps", 1, few)
 size, changed, right = report("L1 12, PGD 40 steps", 1, many)
 if new:

@@ -2,8 +2,8 @@
 # diffusers 0.42.1, torch 2.13.0: scheduler.add_noise(images, noise, t), the first step of diffusion purification and of training.
 #
 # Every scheduler here has the default schedule (linear, 1000 steps), so t means one noise strength.
-# GUESS, before running: sqrt(kept) * image + sqrt(1 - kept) * noise, kept = alphas_cumprod[t], from every scheduler, to 1 %, whether or
-# not set_timesteps was called; if a t outside its list is not allowed, an error.
+# GUESS, before running: sqrt(kept) * image + sqrt(1 - kept) * noise, kept = alphas_cumprod[t], from every scheduler, to 1 %. (And,
+# written down before set_timesteps was tried: the same after it, or an error for a t outside its list.)
 # BEHAVIOUR: DDPM and DDIM do so. A fresh DPMSolverMultistep, UniPC or DEIS adds the noise of 999 - t: its timesteps run down, its sigmas
 # up, until set_timesteps is called. At t = 1 the image is gone; at t = 998 it is hardly touched. After set_timesteps(50), any t that is
 # not one of the fifty gets the noise of the smallest, t = 20 (the image at t = 900 has 10 levels of 255 of noise, not 127); Euler raises
