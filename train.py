@@ -155,7 +155,8 @@ def story(c, stage="all"):
     claim(c)
     if stage == "all" and min(len(labels) for _, labels in sets.values()) < 2:
         raise BadInput(f"--data {c.data}: expected two or more images in each of the four sets")
-    distance, net = train_vgg(c, sets), train_ddpm(c, sets)
+    distance = train_vgg(c, sets)                          # first, as it may lack a file
+    net = train_ddpm(c, sets)
     if stage == "ddpm":
         return
     rows, pictures = [], {}
@@ -233,7 +234,12 @@ def judge(c, name, sets, ue, le):
 
 def kind_of(c, name):
     """Which victim judges a protection."""
-    return c.victim or ("classifier" if name == "published" else PROTECTIONS[name].victim)
+    return c.victim or made_against(name)
+
+
+def made_against(name):
+    """Which victim a protection is made against; of somebody else's, what one would guess."""
+    return "classifier" if name == "published" else PROTECTIONS[name].victim
 
 
 def train_victim(c, kind, name, images, sets):
@@ -525,9 +531,8 @@ def folder(root, size, classes=()):
 
 def classes_in(*folders):
     """The names of the classes that have a folder in one of these."""
-    names = {path.name for root in folders for path in root.iterdir() if image_files(path)[0]
-             and path.name[0] != "." and not path.is_symlink()}
-    return sorted(names)
+    return sorted({file.relative_to(root).parts[0] for root in folders
+                   for file in image_files(root)[0] if file.parent != root})
 
 
 def source(c):

@@ -347,7 +347,7 @@ def mixed_precision(device):
 
 def seed_of(seed, place):
     """A seed for what stands at a place, whoever else is at work, when and where."""
-    return seed * 1_000_003 + place
+    return (seed * 1_000_003 + place) % 2 ** 63
 
 
 # -- Checkpoints describe themselves: {"config": the constructor's arguments, "weights": state dict}

@@ -134,7 +134,7 @@ def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):
 def ablate(c, sets, name, only):
     """The rows of the table for a protection; writes the picture of each question."""
     originals, labels = sets["protected"]
-    places, kind = train.first_of_each(labels, 6), train.PROTECTIONS[name].victim
+    places, kind = train.first_of_each(labels, 6), train.kind_of(c, name)
     ue = train.protect(c, name, sets)
     asked = questions(le.Sampler(**c.sampler))
     every = {label: sampler for part in asked.values() for label, sampler in part.items()}

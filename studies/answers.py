@@ -55,12 +55,12 @@ def victims(c, sets, count):
 
 # -- The owner answers -----------------------------------------------------------------------------
 
-def noises(c, sets, what, known, epsilon, count, protection="em-class"):
+def noises(c, sets, what, known, epsilon, count):
     """UEs of em-class, at epsilon of 255, that knows a U-Net or (None) no sampler: of several
     seeds, since another noise made in the same way may protect by many points more or less."""
     images, labels = sets["protected"]
-    how = c.noise[protection] | dict(epsilon=epsilon / 255)
-    make = PROTECTIONS[protection].make
+    how = c.noise["em-class"] | dict(epsilon=epsilon / 255)
+    make = PROTECTIONS["em-class"].make
     if known is not None:
         make = through_the_sampler
         how |= dict(prior=known, level=c.sampler["t_star"])

@@ -51,8 +51,7 @@ def purify_any(net, distance, images, sampler, seeds, tile=128, overlap=16):
     for i in positions(x.shape[2], tile, overlap):
         for j in positions(x.shape[3], tile, overlap):
             part = x[:, :, i:i + height, j:j + width].contiguous()
-            own = [seed_of(seed % 2 ** 32, count) for seed in seeds]  # below 2 ** 63
-            part = le.purify(net, distance, part, sampler, own)
+            part = le.purify(net, distance, part, sampler, [seed_of(seed, count) for seed in seeds])
             total[:, :, i:i + height, j:j + width] += weight * part
             weights[i:i + height, j:j + width] += weight
             count += 1

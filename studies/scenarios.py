@@ -52,8 +52,7 @@ def cross(c, sets, count):
     """Each protection before a victim that it was not made against, --victim or another."""
     rows = []
     for name in c.protections:
-        against = getattr(PROTECTIONS.get(name), "victim", "classifier")
-        kind = c.victim or OTHER.get(against, "classifier")
+        kind = c.victim or OTHER.get(train.made_against(name), "classifier")
         found = versions(c, name, sets)
         rows.append({"protection": name, "victim": kind}
                     | accuracies_on(c, kind, name, found, sets, count))
