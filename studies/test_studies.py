@@ -952,12 +952,11 @@ def test_readme_commands_are_understood():
 
 
 def test_readme_doors_work_as_they_are_pasted(tmp_path):
-    """A protection, a purifier and a victim of one's own: the README's lines, at the end of the
-    files that it names."""
+    """A protection and a victim, and a purifier, of one's own: the README's lines, at the end of
+    the files that it names."""
     folder = copy_of_the_project(tmp_path / "copy")
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    for entry, file in (("PROTECTIONS[", "attacks.py"), ("PURIFIERS[", "le.py"),
-                        ("VICTIMS[", "attacks.py")):
+    for entry, file in (("PROTECTIONS[", "attacks.py"), ("PURIFIERS[", "le.py")):
         block, = [block for block in blocks if entry in block]
         with open(folder / file, "a", encoding="utf-8") as source:
             source.write(f"\n\n{block}")
