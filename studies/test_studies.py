@@ -34,7 +34,7 @@ from studies import (answers, arrays, contrastive, handout, opponents, pictures,
 from studies import purify as own_images
 from studies.grading import CLAIMS
 from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, awake, checkpoint,
-                     configured, copy_of_the_project, images, nets, refusal, run, same, seeded,
+                     configured, copy_of_the_project, images, nets, refusal, same, seeded,
                      silent, small_run)
 from unet import DEVICE, UNet, on_device
 
@@ -951,17 +951,18 @@ def test_readme_commands_are_understood():
             assert arguments[0] == "pytest", command
 
 
-def test_readme_doors_work_as_they_are_pasted(tmp_path):
-    """A protection and a victim, and a purifier, of one's own: the README's lines, at the end of
-    the files that it names."""
-    folder = copy_of_the_project(tmp_path / "copy")
+def test_readme_doors_work_as_they_are_pasted(tmp_path, monkeypatch, capsys):
+    """A protection, a victim and a purifier of one's own: the README's lines, as if they stood at
+    the end of the files that it names."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    for entry, file in (("PROTECTIONS[", "attacks.py"), ("PURIFIERS[", "le.py")):
-        block, = [block for block in blocks if entry in block]
-        with open(folder / file, "a", encoding="utf-8") as source:
-            source.write(f"\n\n{block}")
-    said = run(folder, "train.py", *SMALL, "--out", tmp_path / "run", "--protections", "corner",
-               "--purifier", "blur", "--victim", "mlp")
+    for module, entries, name in ((attacks, "PROTECTIONS", "corner"), (attacks, "VICTIMS", "mlp"),
+                                  (le, "PURIFIERS", "blur")):
+        monkeypatch.setitem(getattr(module, entries), name, None)  # is taken out again afterwards
+        block, = [block for block in blocks if f"{entries}[" in block]
+        exec(block, dict(vars(module)))
+    train.main([*SMALL, "--out", str(tmp_path), "--protections", "corner", "--purifier", "blur",
+                "--victim", "mlp"])
+    said = capsys.readouterr().out
     assert "mlp on corner-le: " in said and "| corner |" in said
 
 
