@@ -32,7 +32,8 @@ BATCH = 512 if DEVICE == "cuda" else 32                    # images purified at 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to purify. The defaults suit drawings such as the built-in shapes."""
+    """How to purify. The defaults suit drawings such as the built-in shapes: they visit levels 100,
+    75, 50 and 25. Distances pull at each level that is visited, but for the last."""
     t_star: int = 100              # noise level that the image is diffused to, 1..1000
     rounds: int = 1                # times that it is diffused and denoised, one after the other
     steps: int = 4                 # strides from t_star to 0: network evaluations a round
@@ -77,8 +78,9 @@ def seen(x, sampler):
 def guidance(x, y, y_features, t, distance, sampler):
     """Gradient for x of its weighted distances to y that count at level t (Jiang et al. 2023).
 
-    x, y (B, 3, H, W) in [-1, 1], each image's distances its own: the mean squared difference, and
-    the perceptual distance, by `distance.embed` of y's picture, or None where that does not count.
+    x, y (B, 3, H, W) in [-1, 1], each image's distances its own: the mean squared difference, above
+    level pixel_above; and the perceptual distance, at perceptual_below and below. Its y_features
+    are `distance.embed` of y / 2 + 0.5, or None where it does not count.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()

@@ -228,7 +228,8 @@ def test_sample_strided_over_all_levels_is_ancestral_sampling():
 def test_ddim_keeps_the_noise_and_its_variance_is_none(t, s):
     x0, eps = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
     mean, var = unet.ddim(x0, q_sample(x0, t, eps), t, s)
-    close(mean, q_sample(x0, s, eps)) and (var == 0).all()
+    close(mean, q_sample(x0, s, eps))
+    assert (var == 0).all()
 
 
 def test_ddim_of_a_perfect_network_takes_any_strides_to_the_same_image():
@@ -375,7 +376,8 @@ def test_VGG_stages_halve_the_resolution():
 def test_embed_makes_distances_zero_on_equal_images_symmetric_and_per_image():
     distance, x, y = small_distance(), images(3), images(3)
     same(distance(x, x), torch.zeros(3))
-    close(distance(x, y), distance(y, x)) and (distance(x, y) > 0).all()
+    close(distance(x, y), distance(y, x))
+    assert (distance(x, y) > 0).all()
     close(distance(x, y)[1:2], distance(x[1:2], y[1:2]), atol=1e-6)
 
 
@@ -561,7 +563,8 @@ def test_hue_keeps_value_and_chroma_and_leaves_grey_alone():
     y = attacks.hue(x, torch.rand(2, 1, 1, 1))
     gradient, = torch.autograd.grad(attacks.hue(grey, torch.full((1, 1, 1, 1), 1.1)).sum(), grey)
     assert gradient.isfinite().all()
-    close(y.amax(1), x.amax(1)) and torch.allclose(y.amin(1), x.amin(1), atol=1e-6)
+    close(y.amax(1), x.amax(1))
+    close(y.amin(1), x.amin(1), atol=1e-6)
     same(attacks.hue(grey, torch.rand(2, 1, 1, 1)), grey)
     close(attacks.hue(x, torch.ones(1)), x, atol=1e-6)
 
@@ -803,7 +806,8 @@ def test_guidance_by_level_and_both_at_once(nets):
         return guidance(x, y, features, t, nets[1], replace(JOINT, **changes))
     pixel, perceived = at(7, perceptual_weight=0.0), at(6, pixel_weight=0.0)
     assert pixel.abs().max() > 0 and perceived.abs().max() > 0
-    same(at(7), pixel) and torch.equal(at(6), perceived)
+    same(at(7), pixel)
+    same(at(6), perceived)
     close(at(7, perceptual_below=12), pixel + perceived)
 
 
@@ -1308,6 +1312,29 @@ def test_main_takes_a_protection_of_ones_own(tmp_path, monkeypatch, capsys):
     assert "| corner |" in capsys.readouterr().out and (tmp_path / "corner-le.pt").exists()
 
 
+def louder(images, labels, victim, *, epsilon, seed, report):
+    """A protection that changes more than it may."""
+    return publish(images, torch.full_like(images, 2 * epsilon))
+
+
+def smaller(images, labels, victim, *, epsilon, seed, report):
+    """A protection that gives images of another size."""
+    return images[:, :, ::2, ::2]
+
+
+def test_protect_says_where_a_protection_breaks_epsilon_or_shape(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PROTECTIONS, "louder", Protection(louder))
+    monkeypatch.setitem(PROTECTIONS, "smaller", Protection(smaller))
+    c = configured("--out", tmp_path, "--protections", "louder,smaller", *asked_for(4, 4, 1, 1))
+    sets, _ = train.load_data(c)
+    train.claim(c)
+    train.protect(c, "louder", sets)
+    said = "louder: changes a channel by 16/255, more than --epsilon 8"
+    assert said in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"smaller gave images \(4, 3, 16, 16\), expected"):
+        train.protect(c, "smaller", sets)
+
+
 class MLP(torch.nn.Module):
     """A victim of one's own, which has no `features` and no use for the ResNet's settings."""
 
@@ -1334,6 +1361,8 @@ def test_main_takes_a_victim_of_ones_own_and_the_surrogate_stays(tmp_path, small
     train.main(command)                                    # the entry's own is the surrogate, too
     said = capsys.readouterr().out
     assert "em-class: made again, " in said and "mlp on em-class-le" in said
+    monkeypatch.setitem(VICTIMS, "mlp", Victim(MLP, class_scores))
+    assert "VICTIMS mlp: expected training=dict(" in refusal(train.main, command, capsys)
 
 
 def blurred(net, distance, images, sampler, seeds, report):

@@ -66,8 +66,7 @@ DEFAULTS = {
     "seed": 0,                     # of the images, the networks and the noise
     "evaluate": "test",            # clean images that judge: test, or validation while tuning
     "limit": 0,                    # at most so many images, epochs, rounds, steps: does it run?
-    # of attacks.PROTECTIONS, a row of the table each. "rot" is for photographs: see the README
-    "protections": ("em-class", "em-sample", "cp-class", "cp-sample"),
+    "protections": ("em-class", "em-sample", "cp-class", "cp-sample"),  # rows, of attacks.PROTECTIONS
     "victim": "",                  # of attacks.VICTIMS, judges in place of each protection's own
     "purifier": "joint",           # of le.PURIFIERS
     "epsilon": 255 * EPSILON,      # largest change of a channel, of 255
@@ -204,10 +203,18 @@ def protect(c, name, sets):
     if protection.start:
         how["start"] = on_device(protect(c, protection.start, sets))
     images, labels = sets["protected"]
+    if images is None:
+        raise BadInput(f"--protections {name}: there are no originals; expected published alone")
     made = cached(c, name, published, protection=protection.make, images=on_device(images),
                   labels=labels, victim=victim_in(c, protection.victim, sets),
                   epsilon=c.epsilon / 255, seed=c.seed, **how)
-    return as_float(made["images"])
+    ue = as_float(made["images"])
+    if ue.shape != images.shape:
+        raise BadInput(f"{name} gave images {tuple(ue.shape)}, expected {tuple(images.shape)}")
+    change = 255 * (ue - images).abs().max()
+    if change > c.epsilon + 1e-3:
+        print(f"{name}: changes a channel by {change:.0f}/255, more than --epsilon {c.epsilon:g}")
+    return ue
 
 
 def make_learnable(c, name, ue, net, distance):
@@ -574,6 +581,7 @@ def load_data(c):
     if c.data not in ("shapes", "cifar10") or c.unprotected:  # in proportion
         whole = sum(c.images[name] for name in counts)
         counts = {name: max(1, c.images[name] * len(labels) // whole) for name in counts}
+        counts = {name: min(n, c.limit or n) for name, n in counts.items()}
     if sum(counts.values()) > len(images):
         asked = " + ".join(f"{n} {name}" for name, n in counts.items())
         raise BadInput(f"--data {c.data}: {len(images)} images for {asked}; ask for fewer"
@@ -617,6 +625,8 @@ def add_published(c, sets, images, labels, classes):
     """Add the UEs in --published to the sets, and their originals, the first of the training set;
     returns the images and labels from which the other sets may be taken."""
     ue = published_images(c, images, labels)
+    if len(labels[:len(ue)].unique()) < 2:
+        raise BadInput(f"--published {c.published}: the first {len(ue)} images are of one class")
     sets["published"] = ue, labels[:len(ue)]
     sets["protected"] = images[:len(ue)], labels[:len(ue)]
     if c.unprotected == "test" and "test" in sets:
@@ -831,9 +841,11 @@ def every_option():
         groups.append((f"noise.{name}.", protection.options(), protection.make.__doc__ or ""))
     found = {}
     for prefix, values, text in groups:
-        # a comment beside the default, or a line of the docstring that begins with the name
-        beside = re.findall(r'^ {4}"?([\w.]+)"?(?:: .*?  #|  +) *(\w.*)$', text, re.M)
-        found |= {prefix + key: (value, dict(beside).get(key, "")) for key, value in values.items()}
+        # a comment beside the default, or lines of the docstring of which one begins with the name
+        lines = r'^ {4}"?([\w.]+)"?(?:: .*?  #|  +) *(\w.*(?:\n {10,}\w.*)*)'
+        beside = re.findall(lines, text, re.M)
+        says = {key: " ".join(what.split()) for key, what in beside}
+        found |= {prefix + key: (value, says.get(key, "")) for key, value in values.items()}
     return found
 
 
@@ -873,6 +885,7 @@ def parse(argv):
     parser.add_argument("--download", action="store_true", help="first fetch what is missing")
     for option, (default, what) in known.items():
         choices = CHOICES.get(option.rpartition(".")[2])
+        what += f": {', '.join(choices)}" if choices else ""
         parser.add_argument(f"--{option}", dest=option, metavar="", choices=choices,
                             help=f"{what} (default {default!r})".replace("%", "%%"))
     if not argv or argv[0].startswith("-"):
@@ -890,7 +903,7 @@ def parse(argv):
                  and "." in option and option.rpartition(".")[2] in SHORTENED]
     options |= {option: min(options[option], limit) for option in shortened}
     c = nested(options)
-    if c.published or is_published(c.data):
+    if given["protections"] is None and (c.published or is_published(c.data)):
         c.protections = ("published",)
     check(c, options)
     config = None if given["config"] == "quick" else given["config"]  # the story goes on from it
@@ -943,6 +956,9 @@ def check(c, options):
         if not fits:
             raise BadInput(f"--{option}: expected {expected}")
     Sampler(**c.sampler)
+    for name, victim in VICTIMS.items():
+        if not {"epochs", "batch_size", "lr"} <= set(victim.training):
+            raise BadInput(f"VICTIMS {name}: expected training=dict(epochs=, batch_size=, lr=)")
     for option, network in (("unet", partial(UNet, **c.unet, size=c.size)),
                             ("vgg", partial(VGG, **c.vgg)),
                             ("resnet", partial(ResNet, **c.resnet, classes=2))):

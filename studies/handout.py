@@ -73,6 +73,8 @@ def solve(numbers, out):
     for number in numbers:
         file, name = ASSIGNMENTS[number]
         docstring, body = body_of((HERE / file).read_text(encoding="utf-8"), name)
+        if body[-1].strip() == "raise NotImplementedError":
+            raise BadInput(f"{HERE / file}: {name} is left out here, too; expected the project")
         source = (out / file).read_text(encoding="utf-8")
         try:
             solved = with_body(source, name, docstring + body)
@@ -90,6 +92,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     with le.one_line_errors("studies.handout"):
         (solve if options.solutions else hand_out)(options.numbers, options.out)
+        names = " or ".join(ASSIGNMENTS[number][1] for number in options.numbers)
+        print(f'In {options.out}, `python -m pytest -k "{names}"` grades.')
 
 
 if __name__ == "__main__":

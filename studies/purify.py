@@ -154,10 +154,12 @@ def check(options, sampler):
                        f"that both end in {', '.join(ARRAYS)}")
     if not 0 <= options.seed < 2 ** 31:
         raise BadInput(f"--seed {options.seed}: expected a number from 0 to 2 ** 31")
-    for name in ["unet"] + ["perceptual"] * (sampler.perceptual_weight > 0):
-        if not getattr(options, name):
-            raise BadInput(f"--{name} is missing; `python train.py ddpm --data FOLDER`, your own "
-                           "unprotected images in folders, makes one in runs/FOLDER")
+    if not options.unet:
+        raise BadInput("--unet is missing; `python train.py ddpm --data FOLDER`, your own "
+                       "unprotected images in folders, makes one in runs/FOLDER")
+    if sampler.perceptual_weight and not options.perceptual:
+        raise BadInput("--perceptual is missing: the vgg.pt of a run, or VGG-16's weights; "
+                       "--sampler photographs needs none")
 
 
 def main(argv=None):

@@ -155,6 +155,8 @@ def test_load_data_judges_on_the_test_folder_where_there_is_one(tmp_path, capsys
     assert classes == ["cat", "dog"] and len(sets["test"][1]) == 6
     assert len(sets["protected"][1]) > 10
     assert "2 classes, cat, dog; images: 6 test, " in capsys.readouterr().out
+    sets, _ = train.load_data(configured("--data", tmp_path, "--limit", 4))
+    assert [len(sets[name][1]) for name in ("protected", "unprotected", "validation")] == [4] * 3
 
 
 def noisy_folders(root, originals):
@@ -173,12 +175,16 @@ def noisy_folders(root, originals):
 @pytest.mark.parametrize("originals", [True, False])
 def test_main_judges_what_lies_in_a_folder_of_protected_images(tmp_path, originals, capsys):
     root = noisy_folders(tmp_path / "mine", originals)
-    train.main(["--data", str(root), *SMALL[:10], "--unet.attention", "", "--ddpm.levels", "200",
-                "--out", str(tmp_path / "run")])
+    command = ["--data", str(root), *SMALL[:10], "--unet.attention", "", "--ddpm.levels", "200",
+               "--out", str(tmp_path / "run")]
+    train.main(command)
     said = capsys.readouterr().out
     row = re.search(r"^\| published \| (.*) \|$", said, re.M)[1].split(" | ")
     assert [cell == "-" for cell in row[:1] + row[4:]] == [not originals] * 3
     assert all(0 <= float(cell) <= 100 for cell in row[1:3]) and "12 protected" in said
+    if not originals:
+        said = refusal(train.main, [*command, "--protections", "em-class"], capsys)
+        assert "--protections em-class: there are no originals" in said
     with pytest.raises(BadInput, match="they differ in"):
         (root / "protected" / "cat" / "0.png").rename(root / "protected" / "cat" / "new.png")
         shutil.copytree(root / "protected", root / "original", dirs_exist_ok=True)
@@ -279,9 +285,17 @@ def test_main_gives_a_row_for_a_published_perturbation(tmp_path, cifar, capsys):
     options = [str(option) for option in cifar[0][:4]]
     small = [*SMALL[:10], "--unet.attention", "", "--ddpm.levels", "200"]
     train.main([*options, *small, "--published", str(file), "--victim", "simclr",
-                "--out", str(tmp_path / "run")])
+                "--protections", "published,em-class", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert "simclr on published-le" in said and re.search(r"^\| published \| \d", said, re.M)
+    assert "simclr on published-le" in said
+    assert re.search(r"^\| published \| \d.*\n\| em-class \| \d", said, re.M)
+
+
+def test_load_data_refuses_published_images_of_a_single_class(tmp_path):
+    pets = class_folders(tmp_path / "pets")                # cats first
+    file = stored(tmp_path / "ue.npy", np.full((3, 32, 32, 3), 0.02, np.float32))
+    with pytest.raises(BadInput, match="the first 3 images are of one class"):
+        train.load_data(configured("--data", pets, "--published", file))
 
 
 def test_main_runs_on_a_folder_that_keeps_its_runs_apart(tmp_path, monkeypatch, capsys):
@@ -558,7 +572,7 @@ def test_images_in_says_what_it_found(tmp_path, name, content, message):
     (["in", "in/out"], "expected a place outside in"),
     (["in", "in"], "expected a place outside in"),
     (["in", "out"], "--unet is missing; `python train.py ddpm"),
-    (["in", "out", "--unet", "x.pt"], "--perceptual is missing; `python train.py ddpm"),
+    (["in", "out", "--unet", "x.pt"], "--perceptual is missing: the vgg.pt of a run"),
     (["in", "out", "--unet", "x.pt", "--perceptual", "y.pt"], "x.pt"),
     (["in", "out", "--steps", "0"], "steps"),
     (["in", "out", "--pixel_weight", "nan"], "weights"),
@@ -744,7 +758,8 @@ def test_main_scenarios_all_asks_each_with_settings_of_its_own(tmp_path, small_r
     questions = {"probe": scenarios.probe, "cross": watched}
     monkeypatch.setattr(scenarios, "SCENARIOS", questions)
     run = Path(shutil.copytree(small_run, tmp_path / "run"))
-    scenarios.main(["all", "--victims", "1", "--protections", "em-class", *SMALL, "--out", str(run)])
+    scenarios.main(["all", "--victims", "1", "--protections", "em-class", *SMALL,
+                    "--out", str(run)])
     assert seen == ["test"]                                # though the probe's are for validation
     for name in questions:
         assert json.loads((run / f"{name}.json").read_text())
@@ -840,6 +855,14 @@ def test_main_help_is_there(program, capsys):
     assert stop.value.code == 0 and "    python " in capsys.readouterr().out
 
 
+def test_every_option_is_explained_by_all_the_lines_beside_it():
+    options = train.every_option()
+    untold = {option for option, (_, what) in options.items() if not what}
+    assert {option.split(".")[1] for option in untold} <= set(protections.OTHERS)
+    assert options["seed"][1] == "of the images, the networks and the noise"
+    assert options["simclr.lr"][1].endswith("from 0.95 to 0.85 and back")
+
+
 def probe_of(x, view, data):
     """Accuracy of a small SimCLR that is trained on x."""
     config = dict(widths=(8, 16, 32, 64), blocks=1, strides=(2, 2, 2), classes=10)
@@ -923,11 +946,20 @@ def test_assignment_copies_lie_anywhere_and_a_broken_one_is_named(tmp_path, caps
     assert "unet.py: line 1" in said
 
 
-@pytest.mark.parametrize("number, name", [(number, name) for number, (_, name)
-                                          in handout.ASSIGNMENTS.items()])
-def test_every_assignment_has_tests_that_bear_its_name(number, name):
+def test_assignment_solutions_are_not_taken_from_a_copy_that_lacks_them(tmp_path, monkeypatch,
+                                                                        capsys):
+    folder = tmp_path / "copy"
+    handout.main(["1", "--out", str(folder)])
+    assert '`python -m pytest -k "q_sample"`' in capsys.readouterr().out
+    monkeypatch.setattr(handout, "HERE", folder)
+    said = refusal(handout.main, ["1", "--out", str(folder), "--solutions"], capsys)
+    assert "q_sample is left out here, too" in said
+
+
+@pytest.mark.parametrize("number", handout.ASSIGNMENTS)
+def test_every_assignment_has_tests_that_bear_its_name(number):
     tests = re.findall(r"^def (test_\w+)", (HERE / "test_le.py").read_text(), re.M)
-    assert any(name in test for test in tests)
+    assert any(handout.ASSIGNMENTS[number][1] in test for test in tests)
 
 
 # -- README ----------------------------------------------------------------------------------------
