@@ -116,8 +116,9 @@ CONFIGS = {
         "unet.width": 48,
         "ddpm.levels": 250, "ddpm.steps": 6000,
         "perceptual.epochs": 40, "perceptual.optimizer": "sgd",
-        "noise.em-class.rounds": 24,
-        "noise.em-sample.rounds": 12} | named("sampler", asdict(SAMPLERS["photographs"])),
+        "noise.em-sample.rounds": 12}
+    | named("noise.em-class", dict(rounds=24, train_batches=10, noise_batches=10))
+    | named("sampler", asdict(SAMPLERS["photographs"])),
     "quick": {"protections": ("em-class",)},
     "released": named("sampler", asdict(SAMPLERS["released"])),
     # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et
@@ -136,7 +137,7 @@ CONFIGS = {
         "ddpm.lr": 2e-4, "ddpm.ema_decay": 0.9999,
         "vgg_weights": "runs/vgg16-397923af.pth",
         "lpips": "runs/lpips-vgg.pth"}
-    | named("noise.em-class", dict(rounds=40, step=0.1))
+    | named("noise.em-class", dict(rounds=40, train_batches=10, noise_batches=10, step=0.1))
     | named("noise.em-sample", dict(rounds=10, step=0.1, noise_steps=20, lr=0.1))
     | named("noise.cp-class", dict(surrogates=1, rounds=200, train_batches=20, noise_batches=20,
                                    step=0.1, batch_size=512))
