@@ -12,7 +12,7 @@ worth     64 labelled images of one's own teach 18 %, with LEs 96 (photographs: 
 part      where half is protected, purifying all of it brings 2 points (photographs: 9)
 ceiling   clean images that are purified, too, teach 1 point less (photographs: 1)
 mean      one mean image, taken away, undoes noise that all photographs share
-others    LEs undo three of four protections of photographs for which nothing was tuned
+others    LEs undo three of five protections of photographs for which nothing was tuned
 mend      with a quarter of the weight they undo the fourth, and lose what clean images teach
 few       256 unprotected images do for the U-Net; 64 bring half of it back
 shift     a U-Net that has seen photographs only brings half of shapes' accuracy back
