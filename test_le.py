@@ -1,4 +1,4 @@
-"""Tests, usable as an autograder: each names the function and the property. Three minutes.
+"""Tests, usable as an autograder: each names the function and the property. Two minutes.
 
     python -m pytest                      all
     python -m pytest -k q_sample          the tests of one function
