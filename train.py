@@ -66,7 +66,7 @@ DEFAULTS = {
     "seed": 0,                     # of the images, the networks and the noise
     "evaluate": "test",            # clean images that judge: test, or validation while tuning
     "limit": 0,                    # at most so many images, epochs, rounds, steps: does it run?
-    "protections": ("em-class", "em-sample", "cp-class", "cp-sample"),  # rows, of attacks.PROTECTIONS
+    "protections": ("em-class", "em-sample", "cp-class", "cp-sample"),  # rows of the table
     "victim": "",                  # of attacks.VICTIMS, judges in place of each protection's own
     "purifier": "joint",           # of le.PURIFIERS
     "epsilon": 255 * EPSILON,      # largest change of a channel, of 255
