@@ -512,8 +512,7 @@ def published(protection, images, labels, **how):
 
 # Sample-wise noise starts from class-wise noise, as in He et al. 2023
 PROTECTIONS = {
-    "em-class": Protection(min_min, settings=dict(
-        shared="class", rounds=40, train_batches=8, noise_batches=5)),
+    "em-class": Protection(min_min, settings=dict(shared="class", rounds=40, noise_batches=10)),
     "em-sample": Protection(min_min, "classifier", "em-class", dict(
         noise_steps=2, lr=0.2, warm_up=200)),
     "cp-class": Protection(min_min, "simclr", settings=dict(
