@@ -625,10 +625,11 @@ def add_published(c, sets, images, labels, classes):
     """Add the UEs in --published to the sets, and their originals, the first of the training set;
     returns the images and labels from which the other sets may be taken."""
     ue = published_images(c, images, labels)
-    if len(labels[:len(ue)].unique()) < 2:
+    own = labels[:len(ue)]
+    if len(own.unique()) < 2:
         raise BadInput(f"--published {c.published}: the first {len(ue)} images are of one class")
-    sets["published"] = ue, labels[:len(ue)]
-    sets["protected"] = images[:len(ue)], labels[:len(ue)]
+    sets["published"] = ue, own
+    sets["protected"] = images[:len(ue)], own
     if c.unprotected == "test" and "test" in sets:
         return sets.pop("test")
     if c.unprotected:

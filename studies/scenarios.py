@@ -13,7 +13,7 @@ part      where half is protected, purifying all of it brings 2 points (photogra
 ceiling   clean images that are purified, too, teach 1 point less (photographs: 1)
 mean      one mean image, taken away, undoes noise that all photographs share
 others    LEs undo three of five protections of photographs for which nothing was tuned
-mend      with a quarter of the weight they undo the fourth, and lose what clean images teach
+mend      with a quarter of the weight they undo targeted poisons, and lose the picture, too
 few       256 unprotected images do for the U-Net; 64 bring half of it back
 shift     a U-Net that has seen photographs only brings half of shapes' accuracy back
 strides   one network evaluation brings 20 % to 96, and four bring it to 98
