@@ -947,6 +947,7 @@ def check(c, options):
              f"a multiple of the {PROCESSES} processes"),
             # below 8, oneDNN (torch 2.13.0) errs in gradients of strides where AVX2 is the best
             ("resnet.widths", min(c.resnet["widths"], default=0) >= 8, "8 or more each"),
+            ("unet.width", c.unet["width"] >= 4, "4 or more"),
             ("root", c.root == DEFAULTS["root"] or c.data == "cifar10", "--data cifar10 beside it"),
             ("protections", c.protections and set(c.protections) <= {*PROTECTIONS, *theirs},
              ",".join(PROTECTIONS)),
