@@ -59,7 +59,7 @@ def longer(c, sets, count, protection="cp-class"):
     images = {"clean": sets["protected"][0], "UE": train.protect(c, protection, sets)}
     bound, victim = coded(c, sets)["code after"], reading(c, sets, VIEWS[c.simclr["view"]])
     rows = []
-    for epochs in (30, 60, 120):
+    for epochs in (30, 120):
         c.simclr["epochs"] = min(epochs, c.limit or epochs)
         row = {"epochs": epochs}
         for what, x in images.items():
