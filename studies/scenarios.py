@@ -6,7 +6,7 @@ Each asks a question, which its function states. What came out, on shapes if not
 
 cross     the victim that a protection was not made against loses 20 to 66 points of 99
 code      a perfect code for the class costs SimCLR 52 points after the views, 4 before them
-longer    on photographs contrastive noise takes nothing of a young SimCLR, a little of an old one
+longer    on photographs contrastive noise takes nothing of SimCLR, after 30 epochs or 120
 probe     a linear probe of good features loses 5 points at most by published labels
 worth     64 labelled images of one's own teach 18 %, with LEs 96 (photographs: 23, 66)
 part      where half is protected, purifying all of it brings 2 points (photographs: 9)
