@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # datasets 5.2.0 and litdata 0.2.76 with Pillow 13.0.0: images that are changed in place, then stored.
 #
-# A perturbation of 8/255 is pasted into an image that Pillow has opened (image.paste, as ImageDraw or putdata would do it).
+# A perturbation of 8/255 is pasted into an image that Pillow has opened (image.paste).
 # GUESS of whoever has not read their source: what is stored are the pixels that the image has at that moment, all of them 8.0 from the
 # original. Ours, before running, was that both look at the image's `filename`; that was read in their source first.
 # BEHAVIOUR: both store the file that the image was once opened from, as it was. load_dataset("imagefolder").map(protect) returns the
 # unprotected images, as if `protect` had done nothing, and so do Dataset.from_dict, and what save_to_disk writes; litdata does it to JPEGs,
-# PNGs it stores as they are. The `filename` outlives what is done in place, and both take it for the content. The same change by a
-# new image (Image.fromarray, or image.copy() before) is kept. Nothing is said.
+# PNGs it stores as they are. The `filename` outlives what is done in place, and both take it for the content. The same pixels in a
+# new image (Image.fromarray) are kept. Nothing is said.
 # OUTPUT SEEN:
 #   datasets 5.2.0 litdata 0.2.76 Pillow 13.0.0 numpy 2.4.6
 #   mean distance from the original, in memory: 8.0
