@@ -100,7 +100,7 @@ def min_min(images, labels, victim, *, shared="image", start=None, surrogates=1,
     """Noise that leaves nothing to learn: min over noise of min over weights of the loss (Huang et
     al. 2021, Eq. 2; with the loss of SimCLR, He et al. 2023).
 
-    shared         whose one perturbation is: each image's, each class's, or all images'
+    shared         who has a perturbation in common: nobody (image), each class, or all
     start          UEs (N, 3, H, W) whose perturbation to begin with; default: uniform noise
     surrogates     networks that start afresh, one after the other. A victim is lost in its first
                    epochs, so the noise must be read by a young network before the picture is

@@ -98,8 +98,8 @@ def joint_conditioned_mean(mean, var, t, gradient):
     2023).
 
     s_t = sqrt((1 - alpha_bar_t) / alpha_bar_t) lets the pull fade with the noise; the weight is in
-    the gradient. No pixel is pulled further than one standard deviation of the step: where VGG sees
-    almost nothing, unit length makes the perceptual gradient thousands of times as large.
+    the gradient. No pixel is pulled further than one standard deviation of the step: where VGG's
+    features are next to nothing, to scale them to unit length makes their gradient huge.
     """
     return mean - (var * sigma(t) * gradient).clamp(-var.sqrt(), var.sqrt())
 
@@ -152,11 +152,11 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
     if len(images) and not 0 <= images.min() <= images.max() <= 1:
         raise BadInput(f"need images in [0, 1], not {images.min():.3f} to {images.max():.3f}")
     device = next(net.parameters()).device
+    seeds = range(len(images)) if seeds is None else seeds
     out = torch.empty_like(images)
     for i in range(0, len(images), batch_size):
         ue = images[i:i + batch_size].to(device, memory_format=torch.channels_last) * 2 - 1
-        noises = [torch.Generator().manual_seed(seed)
-                  for seed in (seeds or range(len(images)))[i:i + batch_size]]
+        noises = [torch.Generator().manual_seed(int(seed)) for seed in seeds[i:i + batch_size]]
 
         def draw(shape=ue.shape[1:], noises=noises):
             return torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(device)
@@ -261,7 +261,7 @@ class Progress:
             return
         self.shown = now
         left = (now - self.start) * (total - done) / max(1, done - self.first)
-        text = f"{self.label}: {done}/{total}, {left:.0f} s left"
+        text = f"{self.label}: {done}/{total}" + f", {left:.0f} s left" * (done > self.first)
         for name, value in values.items():
             text += f", {name} {float(value):.3g}"
             if not math.isfinite(value):
@@ -285,13 +285,22 @@ IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".
           ".ppm", ".pgm")
 
 
+def refuse(error):
+    raise error
+
+
 def image_files(folder):
-    """The files under a folder that are images by their names, and those that are not, sorted. What
-    begins with a dot is of a notebook or of a file system, and does not count."""
-    paths = [path for path in sorted(Path(folder).rglob("*"))
-             if not any(part[0] == "." for part in path.relative_to(folder).parts)]
-    images = [path for path in paths if path.suffix.lower() in IMAGES and path.is_file()]
-    return images, sorted({path for path in paths if path.is_file()} - set(images))
+    """The files under a folder that are images by their names; and the other files and the links to
+    folders, which are not followed; sorted. What begins with a dot is of a notebook or of a file
+    system, and does not count. Raises OSError where a folder cannot be read."""
+    images, others = [], []
+    for here, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != "."]
+        others += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
+        for path in [Path(here, name) for name in names if name[0] != "."]:
+            is_image = path.suffix.lower() in IMAGES and path.is_file()
+            (images if is_image else others).append(path)
+    return sorted(images), sorted(others)
 
 
 def open_image(path):

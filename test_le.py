@@ -847,7 +847,7 @@ def test_purify_does_not_depend_on_batch_size(nets, target):
 
 def test_purify_draws_by_the_seed_of_each_image(nets):
     x = images(1).repeat(2, 1, 1, 1)
-    y = purify(*nets, x, JOINT, seeds=[3, 4])
+    y = purify(*nets, x, JOINT, seeds=torch.tensor([3, 4]))
     assert not torch.equal(y[0], y[1])
     again = purify(*nets, x, JOINT, seeds=[4, 3])
     assert (again.flip(0) - y).abs().max() < 1.5 / 255
@@ -1479,6 +1479,10 @@ def test_parse_lets_options_override_the_configuration_of_the_data():
     assert Sampler(**released.sampler) == le.SAMPLERS["released"]
     runs = [c.run.name for c in (configured(), released, configured("--limit", 9), ours)]
     assert runs == ["shapes", "shapes-released", "shapes-limit9", "cifar10"]
+    both = configured("--data", "cifar10", "--config", "paper", "--config", "released")
+    assert both.run.name == "cifar10-paper-released" and both.unet["width"] == 128
+    assert Sampler(**both.sampler) == le.SAMPLERS["released"]
+    assert configured("--data", "cifar10", "--config", "shapes").unet == configured().unet
     quick = configured("--config", "quick")                # from which the story goes on
     assert vars(quick) == vars(configured()) | dict(protections=("em-class",))
 

@@ -5,7 +5,7 @@
     python train.py ddpm                only the networks that purification needs
     python train.py --data cifar10 --root cifar-10-binary.tar.gz
     python train.py --data DIR          your own folder of class folders with images
-    torchrun --nproc_per_node=2 train.py    by two processes, on a GPU each if there are
+    torchrun --nproc_per_node=2 train.py    by two processes, on a GPU each if there are any
 
 On 2 cores of an AMD EPYC the quick look prints clean 99.3, UE 18.6, LE 97.9, recovery 0.98. The
 whole story, in 11 to 25 minutes, goes on from there: noise takes a classifier from 99 % to about
@@ -511,29 +511,31 @@ def cifar10(root):
             for part in (torch.cat(parts[:5]), parts[5])]
 
 
-def folder(root, size, classes=()):
+def folder(root, size, classes=(), limit=0):
     """Images (N, 3, size, size) in [0, 1], their labels (N,) and files, from a folder a class.
 
-    Every image is cropped to its central square and resized. Raises BadInput if there are fewer
-    than two classes, or others than the given ones, or a file cannot be read.
+    Every image is cropped to its central square and resized; N is at most the limit, where there is
+    one. Raises BadInput if there are fewer than two classes, or others than the given ones, or a
+    file cannot be read.
     """
     found, left_out = image_files(root)
     files = [file for file in found if file.parent != Path(root)]
     names = [file.relative_to(root).parts[0] for file in files]
     left_out += [file for file in found if file.parent == Path(root)]
-    left_out += [path for path in Path(root).iterdir() if path.is_symlink() and path.is_dir()]
     if left_out:
         print(f"{root}: {len(left_out)} files that are no images of a class are left out: "
               f"{', '.join(map(str, left_out[:3]))}{' ...' * (len(left_out) > 3)}")
     if len(set(names)) < 2 or not set(names) <= set(classes or names):
         raise BadInput(f"{root}: expected two or more folders of images, a class each, "
                        f"{('named ' + ', '.join(classes)) if classes else ', '.join(IMAGES)}")
-    images = []
+    images, n = [], min(len(files), limit or len(files))
+    files = [files[i * len(files) // n] for i in range(n)]  # of every class
     for file in files:
         image = open_image(file).convert("RGB")
         images.append(pixels_of(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
     classes = classes or sorted(set(names))
-    return torch.stack(images), torch.tensor([classes.index(name) for name in names]), files
+    labels = [classes.index(file.relative_to(root).parts[0]) for file in files]
+    return torch.stack(images), torch.tensor(labels), files
 
 
 def classes_in(*folders):
@@ -548,7 +550,7 @@ def source(c):
         return shapes(sum(c.images.values()), c.seed, c.size), SHAPES, {}
     if c.data == "cifar10":
         pool, (x, y) = cifar10(c.root)
-        n = c.images["test"]
+        n = len(x) if c.unprotected == "test" else c.images["test"]
         if n > len(x):
             raise BadInput(f"--images.test {n}: {c.root} has {len(x)} test images")
         return pool, CIFAR10_CLASSES, {"test": (x[:n], y[:n])}
@@ -559,8 +561,17 @@ def source(c):
         classes = classes_in(root)
         return folder(root, c.size)[:2], classes, {}
     classes = classes_in(root / "train", root / "test")
-    test = folder(root / "test", c.size, classes)[:2]
+    test = folder(root / "test", c.size, classes, c.limit)[:2]
     return folder(root / "train", c.size, classes)[:2], classes, {"test": test}
+
+
+def in_proportion(counts, n):
+    """Counts of these proportions, one at least of each, into which n images can be divided."""
+    whole = sum(counts.values())
+    found = {name: max(1, count * n // whole) for name, count in counts.items()}
+    largest = max(found, key=found.get)                    # it gives what the smallest were given
+    found[largest] = max(1, found[largest] - max(0, sum(found.values()) - n))
+    return found
 
 
 def load_data(c):
@@ -570,17 +581,16 @@ def load_data(c):
     Raises BadInput if there is no such data, or less of it than asked for.
     """
     if is_published(c.data):
-        sets, classes = published_folders(Path(c.data), c.size)
-        counts = dict.fromkeys(("unprotected", "validation"), 0)
+        sets, classes = published_folders(Path(c.data), c.size, c.limit)
+        counts = {name: c.images[name] for name in ("unprotected", "validation")}
         images, labels = sets.pop("unprotected")
     else:
         (images, labels), classes, sets = source(c)
         if c.published:
             images, labels = add_published(c, sets, images, labels, classes)
         counts = {name: n for name, n in c.images.items() if name not in sets}
-    if c.data not in ("shapes", "cifar10") or c.unprotected:  # in proportion
-        whole = sum(c.images[name] for name in counts)
-        counts = {name: max(1, c.images[name] * len(labels) // whole) for name in counts}
+    if c.data not in ("shapes", "cifar10") or c.unprotected:
+        counts = in_proportion(counts, len(labels))
         counts = {name: min(n, c.limit or n) for name, n in counts.items()}
     if sum(counts.values()) > len(images):
         asked = " + ".join(f"{n} {name}" for name, n in counts.items())
@@ -604,20 +614,21 @@ def is_published(data):
     return all((Path(data) / name).is_dir() for name in ("protected", "unprotected", "test"))
 
 
-def published_folders(root, size):
+def published_folders(root, size, limit):
     """The sets in such a folder and the class names; the protected images are None without
     `original`, which has the same names as `protected`."""
     classes = classes_in(root / "protected", root / "unprotected", root / "test")
-    sets = {name: folder(root / name, size, classes)[:2] for name in ("unprotected", "test")}
-    ue, labels, files = folder(root / "protected", size, classes)
+    sets = {"unprotected": folder(root / "unprotected", size, classes)[:2],
+            "test": folder(root / "test", size, classes, limit)[:2]}
+    ue, labels, files = folder(root / "protected", size, classes, limit)
     originals = None
     if (root / "original").is_dir():
-        originals, _, others = folder(root / "original", size, classes)
+        originals, _, others = folder(root / "original", size, classes, limit)
         here = [file.relative_to(root / "protected").with_suffix("") for file in files]
         there = [file.relative_to(root / "original").with_suffix("") for file in others]
         if here != there:
             raise BadInput(f"{root}/original: expected the names of protected; they differ in "
-                           f"{min(set(here) ^ set(there))}")
+                           f"{min(set(here) ^ set(there), default='how many have one name')}")
     return sets | {"protected": (originals, labels), "published": (ue, labels)}, classes
 
 
@@ -630,7 +641,9 @@ def add_published(c, sets, images, labels, classes):
         raise BadInput(f"--published {c.published}: the first {len(ue)} images are of one class")
     sets["published"] = ue, own
     sets["protected"] = images[:len(ue)], own
-    if c.unprotected == "test" and "test" in sets:
+    if c.unprotected == "test":
+        if "test" not in sets:
+            raise BadInput(f"--unprotected test: {c.data} has no test set; expected a folder")
         return sets.pop("test")
     if c.unprotected:
         return folder(c.unprotected, c.size, classes)[:2]
@@ -648,12 +661,17 @@ def published_images(c, images, labels):
     """
     path, classes = Path(c.published), 1 + int(labels.max())
     if path.is_dir():
-        files = {file.stem: file for file in image_files(path)[0]}
+        files = {file.stem: file for file in image_files(path)[0] if file.parent == path}
         places = [str(i) for i in range(len(files))]
         if not files or set(files) != set(places):
             raise BadInput(f"{path}: expected 0.png, 1.png, ..., in the training set's order; "
                            f"there is no {min(set(places) - set(files), default=0)}")
-        arrays = {"": torch.stack([pixels_of(open_image(files[i])) for i in places]).numpy()}
+        found = [pixels_of(open_image(files[i])) for i in places]
+        for i, pixels in zip(places, found):
+            if pixels.shape != images.shape[1:]:
+                raise BadInput(f"{files[i]}: {tuple(pixels.shape)}, expected the size of the "
+                               f"originals, {tuple(images.shape[1:])}")
+        arrays = {"": torch.stack(found).numpy()}
     else:
         arrays = read_arrays(path)
     for array in arrays.values():
@@ -666,7 +684,8 @@ def published_images(c, images, labels):
         raise BadInput(f"{path}: {found}; expected images of {tuple(images.shape[1:])} in 8 bits "
                        "or [0, 1], or their perturbation, of less than 0.25 in these units")
     class_wise = noise is not None and len(noise) == classes
-    n = c.images["protected"] if class_wise else len(ue)
+    counts = c.images if c.data == "cifar10" else in_proportion(c.images, len(images))
+    n = counts["protected"] if class_wise else len(ue)
     n = min(n, c.limit or n)
     if n > len(images):
         raise BadInput(f"{path}: {n} images, but the training set of {c.data} has {len(images)}")
@@ -882,7 +901,8 @@ def parse(argv):
                     description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("all", "ddpm"), help="default all")
-    parser.add_argument("--config", choices=CONFIGS, help="default: shapes or photographs")
+    parser.add_argument("--config", choices=CONFIGS, action="append", default=[],
+                        help="default: shapes or photographs; given twice, the second adds to it")
     parser.add_argument("--download", action="store_true", help="first fetch what is missing")
     for option, (default, what) in known.items():
         choices = CHOICES.get(option.rpartition(".")[2])
@@ -892,10 +912,12 @@ def parse(argv):
     if not argv or argv[0].startswith("-"):
         argv = ["all", *argv]
     given = vars(parser.parse_args(argv))
-    photographs = given["data"] not in (None, "shapes")
+    configs = given["config"]
+    if not {"shapes", "photographs"} & set(configs):       # that of the data
+        configs = ["shapes" if given["data"] in (None, "shapes") else "photographs", *configs]
     options = {option: default for option, (default, _) in known.items()}
-    options |= CONFIGS["photographs" if photographs else "shapes"]
-    options |= CONFIGS[given["config"] or "shapes"]
+    for name in configs:
+        options |= CONFIGS[name]
     for option, (default, _) in known.items():
         if given[option] is not None:
             options[option] = value_of(option, default, given[option])
@@ -907,8 +929,8 @@ def parse(argv):
     if given["protections"] is None and (c.published or is_published(c.data)):
         c.protections = ("published",)
     check(c, options)
-    config = None if given["config"] == "quick" else given["config"]  # the story goes on from it
-    parts = [Path(c.data).resolve().name, config, f"limit{limit}" * bool(limit),
+    lasting = [name for name in given["config"] if name != "quick"]  # the story goes on from it
+    parts = [Path(c.data).resolve().name, *lasting, f"limit{limit}" * bool(limit),
              Path(c.published).stem]
     c.run = Path(c.out or "runs/" + "-".join(filter(None, parts)))
     return given["stage"], given["download"], c
@@ -952,6 +974,7 @@ def check(c, options):
             ("protections", c.protections and set(c.protections) <= {*PROTECTIONS, *theirs},
              ",".join(PROTECTIONS)),
             ("lpips", c.vgg_weights or not c.lpips, "--vgg_weights beside it"),
+            ("published", not (c.published and is_published(c.data)), "a --data that is not protected yet"),
             ("unprotected", c.published or not c.unprotected, "--published beside it"),
             ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"],
              f"at most --ddpm.levels, {c.ddpm['levels']}, which the U-Net learns")):
@@ -989,8 +1012,9 @@ def main(argv=None):
         stage, wanted, c = parse(sys.argv[1:] if argv is None else argv)
         if wanted and RANK == 0:
             download(CIFAR10, c.root if c.data == "cifar10" else "")
-            download(perceptual.VGG16, c.vgg_weights)
-            download(perceptual.LPIPS, c.lpips)
+            if c.sampler["perceptual_weight"]:
+                download(perceptual.VGG16, c.vgg_weights)
+                download(perceptual.LPIPS, c.lpips)
         all_here()
         noise = {name: c.noise.get(name, {}) for name in c.protections}
         shown = vars(c) | dict(noise=noise, device=DEVICE)

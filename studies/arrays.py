@@ -85,10 +85,11 @@ def images_in(path):
 
 
 def written(array, images, last):
-    """Images (N, 3, H, W) in [0, 1] as 8 bits, with the axes that an array has."""
+    """Images (N, 3, H, W), multiples of 1/255, with the type and the axes that an array has."""
     if is_grey(array):
         return as_bytes(luma(images))[:, 0].numpy()
-    made = as_bytes(images).numpy()
+    made = as_bytes(images) if array.dtype == np.uint8 else images
+    made = made.numpy().astype(array.dtype, copy=False)
     return np.ascontiguousarray(np.moveaxis(made, 1, 3)) if are_last(array, last) else made
 
 

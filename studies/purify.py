@@ -5,7 +5,8 @@
 IN and OUT are two folders, or an image and the .png to write, or two arrays (.npy, .npz or .pt, see
 studies/arrays.py). Of a folder every image at any depth is purified, of any size, to a PNG of the
 same place and name (a.jpg becomes a.jpg.png). What is in OUT already is kept, so an interrupted run
-goes on; what cannot be read is named and skipped, and the exit code is 1.
+goes on; what cannot be read is named and skipped, and the exit code is 1. An array comes back with
+its own type and axes.
 """
 import argparse
 import os
@@ -28,31 +29,21 @@ from unet import on_device
 
 # -- Folders ---------------------------------------------------------------------------------------
 
-def refuse(error):
-    raise error
-
-
 def pairs(source, out):
     """(image file, where its LE goes) for every image under a folder; says what is left out."""
-    found, left_out = {}, []
-    for folder, folders, names in os.walk(source, onerror=refuse):
-        here = Path(folder)
-        folders[:] = [name for name in folders if name[0] != "."]  # of a notebook, or a system
-        left_out += [here / name for name in folders if (here / name).is_symlink()]
-        for file in [here / name for name in names if name[0] != "."]:
-            if file.suffix.lower() not in le.IMAGES:
-                left_out.append(file)
-                continue
-            name = file.name if file.suffix == ".png" else f"{file.name}.png"
-            target = (out / file.relative_to(source)).with_name(name)
-            if target in found:
-                raise BadInput(f"{file} and {found[target]} would both become {target}")
-            if os.path.isdir(target):
-                raise BadInput(f"{target}: a folder, where the LE of {file} is to be written")
-            found[target] = file
+    found = {}
+    images, left_out = le.image_files(source)
+    for file in images:
+        name = file.name if file.suffix == ".png" else f"{file.name}.png"
+        target = (out / file.relative_to(source)).with_name(name)
+        if target in found:
+            raise BadInput(f"{file} and {found[target]} would both become {target}")
+        if os.path.isdir(target):
+            raise BadInput(f"{target}: a folder, where the LE of {file} is to be written")
+        found[target] = file
     if left_out:
         print(f"{len(left_out)} that are not images, or links to folders, are left out: "
-              f"{', '.join(map(str, sorted(left_out)[:3]))}{' ...' * (len(left_out) > 3)}")
+              f"{', '.join(map(str, left_out[:3]))}{' ...' * (len(left_out) > 3)}")
     if not found:
         raise BadInput(f"{source}: no images; expected {', '.join(le.IMAGES)}")
     return sorted((file, target) for target, file in found.items())

@@ -156,7 +156,21 @@ def test_load_data_judges_on_the_test_folder_where_there_is_one(tmp_path, capsys
     assert len(sets["protected"][1]) > 10
     assert "2 classes, cat, dog; images: 6 test, " in capsys.readouterr().out
     sets, _ = train.load_data(configured("--data", tmp_path, "--limit", 4))
-    assert [len(sets[name][1]) for name in ("protected", "unprotected", "validation")] == [4] * 3
+    assert [len(labels) for _, labels in sets.values()] == [4] * 4
+    assert all(len(labels.unique()) > 1 for _, labels in sets.values())
+
+
+def test_in_proportion_gives_every_set_an_image_and_divides_no_more_than_there_are():
+    assert train.in_proportion(dict(a=60, b=30, c=10), 10) == dict(a=6, b=3, c=1)
+    assert train.in_proportion(dict(a=1, b=5500, c=1, d=1), 100) == dict(a=1, b=97, c=1, d=1)
+    assert sum(train.in_proportion(dict(a=1, b=1, c=1), 2).values()) == 3  # which is refused
+
+
+def test_load_data_leaves_a_small_folder_to_the_unet_as_the_readme_says(tmp_path):
+    pets = class_folders(tmp_path / "pets")
+    sets, _ = train.load_data(configured("--data", pets, *asked_for(1, 5500, 1, 1)))
+    assert {name: len(labels) for name, (_, labels) in sets.items()} == dict(
+        protected=1, unprotected=21, validation=1, test=1)
 
 
 def noisy_folders(root, originals):
@@ -181,10 +195,16 @@ def test_main_judges_what_lies_in_a_folder_of_protected_images(tmp_path, origina
     said = capsys.readouterr().out
     row = re.search(r"^\| published \| (.*) \|$", said, re.M)[1].split(" | ")
     assert [cell == "-" for cell in row[:1] + row[4:]] == [not originals] * 3
-    assert all(0 <= float(cell) <= 100 for cell in row[1:3]) and "12 protected" in said
+    assert all(0 <= float(cell) <= 100 for cell in row[1:3]) and "4 protected" in said
     if not originals:
         said = refusal(train.main, [*command, "--protections", "em-class"], capsys)
         assert "--protections em-class: there are no originals" in said
+    if originals:
+        shutil.copy(root / "original" / "cat" / "0.jpg", root / "original" / "cat" / "0.png")
+        with pytest.raises(BadInput, match="they differ in how many have one name"):
+            train.load_data(configured("--data", root))
+    said = refusal(train.main, [*command, "--published", "ue.npy"], capsys)
+    assert "--published: expected a --data that is not protected yet" in said
     with pytest.raises(BadInput, match="they differ in"):
         (root / "protected" / "cat" / "0.png").rename(root / "protected" / "cat" / "new.png")
         shutil.copytree(root / "protected", root / "original", dirs_exist_ok=True)
@@ -246,6 +266,13 @@ def test_load_data_reads_a_folder_of_numbered_images_by_their_numbers(tmp_path, 
     (tmp_path / "ue" / "cat.png").write_bytes((tmp_path / "ue" / "0.png").read_bytes())
     with pytest.raises(BadInput, match="expected 0.png, 1.png, .* there is no 12"):
         train.load_data(configured(*options, "--published", tmp_path / "ue"))
+    (tmp_path / "ue" / "thumbnails").mkdir()               # which are not among the images
+    (tmp_path / "ue" / "cat.png").rename(tmp_path / "ue" / "thumbnails" / "0.png")
+    same(train.load_data(configured(*options, "--published", tmp_path / "ue"))[0]["published"][0],
+         x[:12])
+    picture("RGB").save(tmp_path / "ue" / "3.png")
+    with pytest.raises(BadInput, match=r"3.png: \(3, 36, 40\), expected .*\(3, 32, 32\)"):
+        train.load_data(configured(*options, "--published", tmp_path / "ue"))
 
 
 @pytest.mark.parametrize("content, message", [
@@ -276,8 +303,10 @@ def test_load_data_takes_the_unprotected_images_from_elsewhere_if_all_are_protec
     c = configured(*options, "--published", file, "--unprotected", others)
     sets, _ = train.load_data(c)
     assert len(sets["protected"][1]) == 100 and c.run.name == "cifar10-ue"
-    assert min(len(labels) for _, labels in sets.values()) > 0
-    assert len(sets["unprotected"][1]) + len(sets["validation"][1]) <= 20
+    from_there = [len(sets[name][1]) for name in ("unprotected", "validation")]
+    assert min(from_there) > 0
+    if others == "test":                                   # all of them, --images.test or not
+        assert sum(from_there) + len(sets["test"][1]) in (19, 20)
 
 
 def test_main_gives_a_row_for_a_published_perturbation(tmp_path, cifar, capsys):
@@ -296,6 +325,19 @@ def test_load_data_refuses_published_images_of_a_single_class(tmp_path):
     file = stored(tmp_path / "ue.npy", np.full((3, 32, 32, 3), 0.02, np.float32))
     with pytest.raises(BadInput, match="the first 3 images are of one class"):
         train.load_data(configured("--data", pets, "--published", file))
+
+
+def test_load_data_takes_a_perturbation_for_each_class_of_a_folder(tmp_path):
+    pets = class_folders(tmp_path / "pets")
+    noise = np.stack([np.full((32, 32, 3), 0.02), np.full((32, 32, 3), -0.02)])
+    file = stored(tmp_path / "ue.npy", noise.astype(np.float32))
+    options = ["--data", pets, "--published", file, *asked_for(15, 3, 3, 3)]
+    sets, _ = train.load_data(configured(*options))
+    (x, y), (ue, _) = sets["protected"], sets["published"]
+    assert len(x) == 15 and len(sets["unprotected"][1]) == 3
+    same(ue, attacks.publish(x, torch.from_numpy(noise).float().permute(0, 3, 1, 2)[y]))
+    with pytest.raises(BadInput, match="--unprotected test: .*pets has no test set"):
+        train.load_data(configured(*options, "--unprotected", "test"))
 
 
 def test_main_runs_on_a_folder_that_keeps_its_runs_apart(tmp_path, monkeypatch, capsys):
@@ -532,9 +574,9 @@ def test_images_in_finds_what_looks_like_images_and_written_gives_it_its_axes(
     last = name != "a.pt"
     for key, x in seen.items():
         back = arrays.written(found[key], x, last)
-        assert back.shape == found[key].shape and back.dtype == np.uint8
-        expected = found[key] if found[key].dtype == np.uint8 else np.round(found[key] * 255)
-        assert np.abs(back - expected).max() <= 1          # grey goes by way of three channels
+        assert back.shape == found[key].shape and back.dtype == found[key].dtype
+        step = 1 if back.dtype == np.uint8 else 1e-6       # grey goes by way of three channels
+        assert np.abs(back - found[key].astype(float)).max() <= step
     arrays.write_arrays(tmp_path / f"b{name}", found)
     again = le.read_arrays(tmp_path / f"b{name}")
     assert all((again[key] == found[key]).all() for key in found)
