@@ -150,7 +150,7 @@ def min_min(images, labels, victim, *, shared="image", start=None, surrogates=1,
 def publish(images, perturbation):
     """The unlearnable examples: images + perturbation, clipped to [0, 1] and rounded to 8 bits,
     which cannot push a pixel beyond an epsilon that is a multiple of 1/255."""
-    return (images + perturbation).clamp(0, 1).mul(255).round().div(255)
+    return (images + perturbation).clamp_(0, 1).mul_(255).round_().div_(255)
 
 
 def noise_step(perturbation, gradient, step, epsilon):
@@ -507,7 +507,7 @@ class Protection:
 def published(protection, images, labels, **how):
     """What a protection makes of images, as bytes."""
     made = protection(images, labels.to(images.device), **how)
-    return dict(images=made.mul(255).round().clamp(0, 255).byte().cpu())
+    return dict(images=made.mul(255).round_().clamp_(0, 255).byte().cpu())
 
 
 # Sample-wise noise starts from class-wise noise, as in He et al. 2023

@@ -164,6 +164,7 @@ def story(c, stage="all"):
         le = make_learnable(c, name, ue, net, distance)
         rows.append(judge(c, name, sets, ue, le))
         pictures[name] = of_each_class(sets, ue), of_each_class(sets, le)
+        del ue, le                                         # as memory counts here
     if RANK == 0:
         show(c, sets, rows, pictures)
 
@@ -211,7 +212,7 @@ def protect(c, name, sets):
     ue = as_float(made["images"])
     if ue.shape != images.shape:
         raise BadInput(f"{name} gave images {tuple(ue.shape)}, expected {tuple(images.shape)}")
-    change = 255 * (ue - images).abs().max()
+    change = 255 * (ue - images).abs_().max()
     if change > c.epsilon + 1e-3:
         print(f"{name}: changes a channel by {change:.0f}/255, more than --epsilon {c.epsilon:g}")
     return ue
