@@ -330,6 +330,16 @@ def pixels_of(image):
 ARRAYS = (".npy", ".npz", ".pt", ".pth")
 
 
+def as_array(value):
+    """A tensor or array as an array in this machine's byte order; bfloat16, which NumPy does not
+    have, as float32."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().to_dense()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    array = np.asarray(value)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 def read_arrays(path):
     """{key: array} of what is in a .npy, .npz, .pt or .pth file; "" is the key of a lone array.
 
@@ -340,12 +350,9 @@ def read_arrays(path):
             found = read(path)
         else:
             found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.lib.npyio.NpzFile):
-            return dict(found.items())
-        if not isinstance(found, dict):
+        if not isinstance(found, (dict, np.lib.npyio.NpzFile)):
             found = {"": found}
-        return {str(key): value.detach().to_dense().numpy() if isinstance(value, torch.Tensor)
-                else np.asarray(value) for key, value in found.items()}
+        return {str(key): as_array(value) for key, value in found.items()}
     except (BadInput, FileNotFoundError):
         raise
     except Exception as error:                             # numpy and zipfile raise many kinds

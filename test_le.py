@@ -153,6 +153,14 @@ def test_ddpm_loss_is_zero_for_the_true_noise_and_one_for_none():
     assert torch.isclose(nothing, eps.square().mean())
 
 
+def test_ddpm_loss_shows_the_network_the_diffused_images_and_their_levels():
+    x0, eps = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
+    t, seen = torch.tensor([1, 5, 36, 900]), []
+    ddpm_loss(lambda xt, t: seen.append((xt, t)) or eps, x0, t, eps)
+    [(xt, level)] = seen
+    assert torch.allclose(xt, q_sample(x0, t, eps)) and torch.equal(level, t)
+
+
 WITH_ATTENTION = dict(width=32, mults=(1, 2, 2), blocks=2, attention=(8,), dropout=0.1, patch=1)
 
 
@@ -650,15 +658,19 @@ def test_min_min_makes_one_perturbation_for_those_that_share_it(shared, count):
     assert shared == "image" or torch.equal(noise[1], noise[4])
 
 
-def test_rotation_scores_are_of_every_image_in_all_four_turns():
-    x = torch.arange(2 * 3 * 4).view(2, 3, 2, 2) / 24      # a crop of no room, and one flip or none
+def test_rotation_scores_are_of_every_image_in_all_four_turns(monkeypatch):
+    x, cropped = torch.arange(2 * 3 * 4).view(2, 3, 2, 2) / 24, []
+    monkeypatch.setattr(attacks, "crop_flip", lambda x, generator: cropped.append(generator) or x)
+    generator = torch.Generator()
 
     def corners(turned):
         return turned[:, 0].flatten(1)
-    seen, turns = attacks.rotation_scores(corners, x, None, torch.Generator().manual_seed(0))
+    seen, turns = attacks.rotation_scores(corners, x, None, generator)
+    assert cropped == [generator]                          # as a classifier's are
     assert turns.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     for i in range(2):
-        a, b, c, d = seen[i].tolist()                      # upright; then counterclockwise
+        a, b, c, d = x[i, 0].flatten().tolist()            # upright; then counterclockwise
+        assert seen[i].tolist() == [a, b, c, d]
         assert [seen[i + 2 * k].tolist() for k in (1, 2, 3)] == [
             [b, d, a, c], [d, c, b, a], [c, a, d, b]]
 
@@ -968,12 +980,23 @@ def test_load_data_gives_disjoint_sets():
 
 def test_linear_probe_separates_what_is_linear_in_the_features():
     encoder = torch.nn.Module()
-    encoder.features = lambda x: x.flatten(1)
+    encoder.features = lambda x: 5 + x.flatten(1) * torch.logspace(-2, 2, 12)  # to be standardised
     x = torch.randn(300, 3, 2, 2)
     labels = (x.flatten(1) @ torch.randn(12) > 0).long()
-    assert train.linear_probe(encoder, (x[:200], labels[:200]), (x[200:], labels[200:])) > 90
+    known, test = (x[:200], labels[:200]), (x[200:], labels[200:])
+    assert train.linear_probe(encoder, known, test) > 90
+    assert train.linear_probe(encoder, known, (x[200:], 1 - labels[200:])) < 10
     random = torch.randint(0, 2, (300,))
     assert train.linear_probe(encoder, (x[:200], random[:200]), (x[200:], random[200:])) < 65
+
+
+def test_accuracy_and_recovery_by_hand():
+    x = torch.rand(4, 3, 1, 1)
+    answers = x.flatten(1).argmax(1)
+    wrong = torch.where(torch.arange(4) < 3, answers, (answers + 1) % 3)
+    assert train.accuracy(lambda x: x.flatten(1), x, wrong) == 75
+    assert train.recovery(90, 10, 50) == 0.5 and train.recovery(90, 10, 10) == 0
+    assert train.recovery(90, 89.5, 90) is None            # nothing was taken
 
 
 def silent(done, total, **values):
@@ -1310,6 +1333,20 @@ def test_main_takes_a_protection_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PROTECTIONS, "corner", Protection(red_corner))
     train.main([*SMALL, "--protections", "corner", "--out", str(tmp_path)])
     assert "| corner |" in capsys.readouterr().out and (tmp_path / "corner-le.pt").exists()
+
+
+def moved(images, labels, victim, *, epsilon, seed, report, dx=0, steps=(1, 2)):
+    """A protection with options of its own."""
+    return publish(images, epsilon * torch.ones(3, 1, 1) * (1 + dx) / sum(steps))
+
+
+def test_parse_takes_any_options_of_a_protection_of_ones_own(monkeypatch):
+    monkeypatch.setitem(PROTECTIONS, "moved", Protection(moved))
+    c = configured("--limit", 2, "--noise.moved.dx", "-1", "--noise.em-class.noise_batches", "None")
+    assert c.noise["moved"] == dict(dx=-1, steps=(1, 2))
+    assert c.noise["em-class"]["noise_batches"] is None
+    with pytest.raises(BadInput, match="--seed -1"):
+        configured("--seed", "-1")
 
 
 def louder(images, labels, victim, *, epsilon, seed, report):

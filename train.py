@@ -512,6 +512,12 @@ def cifar10(root):
             for part in (torch.cat(parts[:5]), parts[5])]
 
 
+def spaced(n, count):
+    """`count` of the places 0 to n - 1, evenly spaced: of a folder, which is in the order of its
+    classes, some of each."""
+    return [i * (n - 1) // max(1, count - 1) for i in range(count)]
+
+
 def folder(root, size, classes=(), limit=0):
     """Images (N, 3, size, size) in [0, 1], their labels (N,) and files, from a folder a class.
 
@@ -529,8 +535,8 @@ def folder(root, size, classes=(), limit=0):
     if len(set(names)) < 2 or not set(names) <= set(classes or names):
         raise BadInput(f"{root}: expected two or more folders of images, a class each, "
                        f"{('named ' + ', '.join(classes)) if classes else ', '.join(IMAGES)}")
-    images, n = [], min(len(files), limit or len(files))
-    files = [files[i * len(files) // n] for i in range(n)]  # of every class
+    images, n = [], len(files)
+    files = [files[i] for i in spaced(n, min(n, limit or n))]
     for file in files:
         image = open_image(file).convert("RGB")
         images.append(pixels_of(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
@@ -634,29 +640,33 @@ def published_folders(root, size, limit):
 
 
 def add_published(c, sets, images, labels, classes):
-    """Add the UEs in --published to the sets, and their originals, the first of the training set;
-    returns the images and labels from which the other sets may be taken."""
-    ue = published_images(c, images, labels)
-    own = labels[:len(ue)]
+    """Add the UEs in --published to the sets, and their originals, of the training set; returns the
+    images and labels from which the other sets may be taken."""
+    ue, places, left = published_images(c, images, labels)
+    own = labels[places]
     if len(own.unique()) < 2:
-        raise BadInput(f"--published {c.published}: the first {len(ue)} images are of one class")
+        raise BadInput(f"--published {c.published}: its {len(ue)} images are of one class")
     sets["published"] = ue, own
-    sets["protected"] = images[:len(ue)], own
+    sets["protected"] = images[places], own
     if c.unprotected == "test":
         if "test" not in sets:
             raise BadInput(f"--unprotected test: {c.data} has no test set; expected a folder")
         return sets.pop("test")
     if c.unprotected:
         return folder(c.unprotected, c.size, classes)[:2]
-    if len(ue) == len(images):
-        raise BadInput(f"--published {c.published}: all {len(ue)} training images are protected; "
-                       "expected --unprotected FOLDER of classes, or --unprotected test beside it")
-    return images[len(ue):], labels[len(ue):]
+    known, every = len(labels[left].unique()), len(labels.unique())
+    if known < every:
+        raise BadInput(f"--published {c.published}: the {len(left)} training images that are not "
+                       f"protected are of {known} of {every} classes; expected --unprotected "
+                       "FOLDER of classes, or --unprotected test beside it")
+    return images[left], labels[left]
 
 
 def published_images(c, images, labels):
-    """The UEs (N, 3, H, W) of the first N training images that --published holds: a folder of
-    0.png, 1.png, ...; an array of images; or one of perturbations, an image's or a class's each.
+    """The UEs (N, 3, H, W) that --published holds: a folder of 0.png, 1.png, ...; an array of
+    images; or one of perturbations, an image's or a class's each. Then the places in the training
+    set of their originals, the first, or, where noise is of a class, some of each; and the places
+    of those that are not protected.
 
     Raises BadInput if it is none of these, with what was found.
     """
@@ -687,17 +697,20 @@ def published_images(c, images, labels):
     class_wise = noise is not None and len(noise) == classes
     counts = c.images if c.data == "cifar10" else in_proportion(c.images, len(images))
     n = counts["protected"] if class_wise else len(ue)
-    n = min(n, c.limit or n)
     if n > len(images):
         raise BadInput(f"{path}: {n} images, but the training set of {c.data} has {len(images)}")
+    protected = spaced(len(images), n) if class_wise else range(n)
+    left = sorted(set(range(len(images))) - set(protected))
+    places = [protected[i] for i in spaced(n, min(n, c.limit or n))]
+    own = images[places]
     if noise is not None:
-        return publish(images[:n], noise[labels[:n]] if class_wise else noise[:n])
-    ue = ue[:n]
-    apart, strangers = [(ue - other).abs().mean() for other in (images[:n], images[:n].roll(1, 0))]
+        return publish(own, noise[labels[places] if class_wise else places]), places, left
+    ue = ue[places]
+    apart, strangers = [(ue - other).abs().mean() for other in (own, own.roll(1, 0))]
     if n > 1 and apart > 0.7 * strangers:
         raise BadInput(f"{path}: its images are not the first of the training set of {c.data}, in "
                        f"its order: they differ by {255 * apart:.0f}/255 on average")
-    return ue
+    return ue, places, left
 
 
 def perturbation_of(array, last):
@@ -870,6 +883,9 @@ def every_option():
     return found
 
 
+NONE = ("noise_batches",)             # options that may be None
+
+
 def value_of(option, default, text):
     """The text of an option as a value of its default's kind; 1,2 is (1, 2)."""
     if isinstance(default, str):
@@ -884,6 +900,8 @@ def value_of(option, default, text):
         value = (value,)
     if isinstance(default, float) and isinstance(value, int):
         value = float(value)
+    if value is None and option.rpartition(".")[2] in NONE:
+        return None
     if type(value) is not (int if default is None else type(default)):
         raise BadInput(f"--{option} {text}: expected a value such as {default}")
     return value
@@ -923,13 +941,14 @@ def parse(argv):
         if given[option] is not None:
             options[option] = value_of(option, default, given[option])
     limit = options["limit"]
-    shortened = [option for option in options if limit and option != "sampler.steps"
-                 and "." in option and option.rpartition(".")[2] in SHORTENED]
+    shortened = [option for option, value in options.items() if limit and type(value) is int
+                 and option.rpartition(".")[2] in SHORTENED and option != "sampler.steps"]
     options |= {option: min(options[option], limit) for option in shortened}
     c = nested(options)
     if given["protections"] is None and (c.published or is_published(c.data)):
         c.protections = ("published",)
-    check(c, options)
+    check(c, {option: value for option, value in options.items() if value != known[option][0]},
+          {option: default for option, (default, _) in known.items()})
     lasting = [name for name in given["config"] if name != "quick"]  # the story goes on from it
     parts = [Path(c.data).resolve().name, *lasting, f"limit{limit}" * bool(limit),
              Path(c.published).stem]
@@ -949,18 +968,21 @@ def nested(options):
     return SimpleNamespace(**c)
 
 
-# Options that may be 0
+# Options that may be 0; one of somebody's own function whose default is 0 or less may be anything
 ZERO = ("seed", "limit", "dropout", "tilt", "momentum", "warm_up", "pixel_weight", "pixel_above",
         "perceptual_weight", "perceptual_below")
 
 
-def check(c, options):
-    """Raise BadInput, naming the option, where a value makes no sense."""
-    for option, value in options.items():
+def check(c, given, defaults):
+    """Raise BadInput, naming the option, where a value makes no sense; `given` are those that are
+    not the default's."""
+    for option, value in given.items():
+        zero_fits, default = option.rpartition(".")[2] in ZERO, defaults[option]
+        if isinstance(default, (int, float)) and default <= 0 and not zero_fits:
+            continue
         for number in value if isinstance(value, tuple) else [value]:
             counts = isinstance(number, (int, float)) and not isinstance(number, bool)
-            zero = number == 0 and option.rpartition(".")[2] in ZERO
-            if counts and not (0 < number < 2 ** 31 or zero):
+            if counts and not (0 < number < 2 ** 31 or number == 0 and zero_fits):
                 raise BadInput(f"--{option} {number}: expected a number above 0, below 2 ** 31")
     theirs = ["published"] * bool(c.published or is_published(c.data))
     for option, fits, expected in (
@@ -975,7 +997,8 @@ def check(c, options):
             ("protections", c.protections and set(c.protections) <= {*PROTECTIONS, *theirs},
              ",".join(PROTECTIONS)),
             ("lpips", c.vgg_weights or not c.lpips, "--vgg_weights beside it"),
-            ("published", not (c.published and is_published(c.data)), "a --data that is not protected yet"),
+            ("published", not (c.published and is_published(c.data)),
+             "a --data that is not protected yet"),
             ("unprotected", c.published or not c.unprotected, "--published beside it"),
             ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"],
              f"at most --ddpm.levels, {c.ddpm['levels']}, which the U-Net learns")):
@@ -1002,10 +1025,11 @@ def claim(c):
     c.run.mkdir(parents=True, exist_ok=True)
     owner = c.data if c.data in ("shapes", "cifar10") else str(Path(c.data).resolve())
     note = c.run / "data.txt"
-    before = note.read_text(encoding="utf-8") if note.exists() else ""
+    text = dict(encoding="utf-8", errors="surrogateescape")  # a path may be any bytes
+    before = note.read_text(**text) if note.exists() else ""
     if before not in ("", owner):                          # empty: another process is at it
         raise BadInput(f"{c.run} belongs to --data {before}; give another --out")
-    note.write_text(owner, encoding="utf-8")
+    note.write_text(owner, **text)
 
 
 def main(argv=None):

@@ -23,10 +23,11 @@ import le
 import train
 import unet
 from le import as_bytes, as_float
-from unet import on_device
+from unet import BadInput, on_device
 from studies.drawing import grid, plot
 from studies.purifiers import deterministic, weighted
-from studies.run import chosen, networks, opened, parser_of, repaired, slug, spread
+from studies.run import (chosen, compared_otherwise, networks, opened, parser_of, repaired, slug,
+                         spread)
 
 
 # -- What needs no network -------------------------------------------------------------------------
@@ -78,15 +79,18 @@ SIMPLE = {"none": none, "grayscale": grayscale, "JPEG 10": jpeg, "median 3x3": m
 
 def questions(joint):
     """{question: {name: a countermeasure in SIMPLE, or a Sampler}}."""
-    released = le.SAMPLERS["released"]
+    released, otherwise = le.SAMPLERS["released"], compared_otherwise(joint)
     top = joint.t_star
+    # photographs do without the perceptual condition
+    seen = replace(joint, perceptual_below=top, perceptual_weight=joint.perceptual_weight
+                   or le.Sampler().perceptual_weight)
     return {
         "what needs no network": dict.fromkeys(SIMPLE),
         "either condition, or both": {
             "unguided": weighted(joint, 0),
             "unguided, DDIM": weighted(joint, 0),          # its strides: see `row_of`
             "pixel only": replace(joint, perceptual_weight=0.0, pixel_above=0),
-            "perceptual only": replace(joint, pixel_weight=0.0, perceptual_below=top),
+            "perceptual only": replace(seen, pixel_weight=0.0),
             "joint": joint},
         "the released schedule": {
             "joint": joint,
@@ -94,8 +98,8 @@ def questions(joint):
             "released, 36 levels": released},
         "which target": {"joint": joint, "joint, x_t and a noisy UE": replace(joint, target="xt")},
         "in turn, or both throughout": {
-            "joint": joint, "joint, both": replace(joint, pixel_above=0, perceptual_below=top)},
-        "colours or grey": {"joint": joint, "joint, on grey": replace(joint, compare="grey")},
+            "joint": joint, "joint, both": replace(seen, pixel_above=0)},
+        "colours or grey": {"joint": joint, f"joint, on {otherwise.compare}": otherwise},
         "few levels, many rounds": {
             "joint": joint,
             "joint, half the steps": replace(joint, steps=max(1, joint.steps // 2)),
@@ -183,11 +187,14 @@ def trade_off(result, path):
 
 def main(argv=None):
     parser = parser_of("ablation", __doc__)
-    parser.add_argument("--protection", default="em-sample", choices=train.PROTECTIONS)
+    parser.add_argument("--protection", choices=[*train.PROTECTIONS, "published"],
+                        help="default em-sample, or the run's, if it has one only")
     parser.add_argument("--only", metavar="ROW", help="one row of the table")
     with opened(parser, argv) as (options, c, sets, _):
         c.evaluate = "validation"                          # what is chosen by looking at it
-        name = options.protection
+        name = options.protection or (c.protections[0] if len(c.protections) == 1 else "em-sample")
+        if name == "published" and name not in sets:
+            raise BadInput("--protection published: expected --published beside it")
         result = ablate(c, sets, name, options.only)
         print(f"\n{name}, clean {result['clean']:.1f}\n\n{table(result)}")
         if not options.only:

@@ -38,10 +38,11 @@ def purify_any(net, distance, images, sampler, seeds, tile=128, overlap=16):
     are purified in overlapping tiles.
     """
     h, w = images.shape[2:]
-    down, right = [max(-side % net.multiple, 32 - side) for side in (h, w)]  # VGG halves four times
+    unit = net.multiple
+    down, right = [-(-max(side, 32) // unit) * unit - side for side in (h, w)]  # VGG halves by 16
     x = np.pad(images.numpy(), ((0, 0), (0, 0), (0, down), (0, right)), mode="reflect")
     x = torch.from_numpy(x)
-    height, width = [min(side, tile) for side in x.shape[2:]]
+    height, width = [min(side, tile - tile % unit) for side in x.shape[2:]]
     larger = height * width / 32 ** 2                      # distances are means over pixels
     sampler = replace(sampler, pixel_weight=larger * sampler.pixel_weight,
                       perceptual_weight=larger * sampler.perceptual_weight)

@@ -192,8 +192,11 @@ def main(argv=None):
         for name, picture in PICTURES.items():
             if options.picture in ("all", name):
                 path = c.run / f"{name}.png"
+                for old in c.run.glob(f"{name}*.png"):
+                    old.unlink()
                 picture(c, sets, classes, path)
-                print(path, file=sys.stderr)
+                drawn = sorted(map(str, c.run.glob(f"{name}*.png")))
+                print(", ".join(drawn) or f"{name}: there is nothing to draw yet", file=sys.stderr)
 
 
 if __name__ == "__main__":

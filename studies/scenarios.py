@@ -34,7 +34,6 @@ import torch
 
 import le
 import train
-from attacks import PROTECTIONS
 from le import BadInput
 from studies.answers import mean, owner, reply, victims
 from studies.contrastive import code, longer
@@ -180,15 +179,16 @@ def draw(name, rows):
 
 def ask(name, c, sets, victims):
     """Make a scenario's table, and write it and its picture to the run's folder."""
-    one = {}
-    takes_one = "protection" in signature(SCENARIOS[name]).parameters
-    if takes_one and len(c.protections) == 1 and c.protections[0] in PROTECTIONS:
-        one = dict(protection=c.protections[0])            # in place of the question's own
+    one, asks = {}, signature(SCENARIOS[name]).parameters
+    if "protection" in asks:                               # the run's, or the question's own
+        several = len(c.protections) > 1
+        one = dict(protection=asks["protection"].default if several else c.protections[0])
     rows = SCENARIOS[name](c, sets, victims, **one)
     path = c.run / f"{name}.json"
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     draw(name, rows).save(path.with_suffix(".png"))
-    print(f"\n{name}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    print(f"\n{', '.join([name, *one.values()])}\n\n| {' | '.join(rows[0])} |")
+    print("|---" * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
 

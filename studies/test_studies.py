@@ -240,7 +240,12 @@ def test_load_data_reads_published_perturbations_and_UEs_in_the_order_of_the_set
         tmp_path, cifar, suffix, kind):
     options, x, y = cifar
     steps = torch.randint(-8, 9, (10 if kind == "class-wise" else 40, 3, 32, 32))
-    noise = steps[y] if kind == "class-wise" else steps
+    noise = steps
+    if kind == "class-wise":                               # which any images can wear
+        (x, y), _ = train.cifar10(options[3])
+        places = train.spaced(100, 40)
+        x, y = x[places], y[places]
+        noise = steps[y]
     ue = attacks.publish(x, noise / 255)
     content = {"float": steps / 255, "int8": steps.to(torch.int8), "class-wise": steps / 255,
                "bytes": le.as_bytes(ue), "images": ue}[kind]
@@ -281,7 +286,7 @@ def test_load_data_reads_a_folder_of_numbered_images_by_their_numbers(tmp_path, 
     (torch.rand(40, 3, 28, 28), r"\(40, 3, 28, 28\)"),
     (torch.rand(200, 3, 32, 32) / 50, "200 images, but the training set of cifar10 has 100"),
     (torch.rand(40, 3, 32, 32), "not the first of the training set .* in its order"),
-    (torch.rand(100, 3, 32, 32) / 50, "all 100 training images are protected; expected --unpro"),
+    (torch.rand(100, 3, 32, 32) / 50, "the 0 training images that are .* expected --unprotected"),
 ])
 def test_load_data_says_what_a_published_file_holds_that_is_neither(tmp_path, cifar, content,
                                                                     message):
@@ -323,7 +328,13 @@ def test_main_gives_a_row_for_a_published_perturbation(tmp_path, cifar, capsys):
 def test_load_data_refuses_published_images_of_a_single_class(tmp_path):
     pets = class_folders(tmp_path / "pets")                # cats first
     file = stored(tmp_path / "ue.npy", np.full((3, 32, 32, 3), 0.02, np.float32))
-    with pytest.raises(BadInput, match="the first 3 images are of one class"):
+    whole = stored(tmp_path / "most.npy", np.full((15, 32, 32, 3), 0.02, np.float32))
+    with pytest.raises(BadInput, match="the 9 training images .* are of 1 of 2 classes; expected"):
+        train.load_data(configured("--data", pets, "--published", whole))
+    sets, _ = train.load_data(configured("--data", pets, "--published", whole, "--limit", 4,
+                                         "--unprotected", pets))
+    assert sets["published"][1].tolist() == [0, 0, 0, 1]
+    with pytest.raises(BadInput, match="its 3 images are of one class"):
         train.load_data(configured("--data", pets, "--published", file))
 
 
@@ -442,6 +453,13 @@ def test_purify_any_keeps_the_size_and_equals_purify_where_it_fits(nets):
         assert y.shape == (1, 3, *size) and torch.allclose(y * 255, (y * 255).round(), atol=1e-3)
 
 
+def test_purify_any_pads_to_what_a_unet_of_other_patches_takes():
+    net = UNet(width=8, mults=(1, 2), blocks=1, attention=(), patch=3, size=36).eval()
+    unguided = replace(JOINT, pixel_weight=0.0, perceptual_weight=0.0)
+    for size in ((7, 40), (33, 150)):                      # multiples of 6, and tiles of 126
+        assert arrays.purify_any(net, None, torch.rand(1, 3, *size), unguided, [0]).shape[2:] == size
+
+
 def test_purify_any_blends_tiles_without_seams():
     net = UNet(**TINY).eval().requires_grad_(False)        # predicts no noise: its end is zero
     x = torch.full((1, 3, 80, 80), 0.5)
@@ -558,6 +576,8 @@ BYTES = np.arange(2 * 8 * 9 * 3, dtype=np.uint8).reshape(2, 8, 9, 3)
     ("a.npz", dict(x_train=BYTES, y_train=np.arange(2), x_test=BYTES)),
     ("a.npz", dict(train_images=BYTES[..., 0], train_labels=np.zeros((2, 1)))),  # MedMNIST's
     ("a.pt", torch.from_numpy(np.moveaxis(BYTES, 3, 1))), ("a.pt", dict(images=BYTES / 255)),
+    ("a.npy", (BYTES / 255).astype(">f4")),                # of another machine
+    ("a.npz", dict(images=BYTES, names=np.array(["a", "b"]))),
 ])
 def test_images_in_finds_what_looks_like_images_and_written_gives_it_its_axes(
         tmp_path, name, content):
