@@ -658,6 +658,30 @@ def test_min_min_makes_one_perturbation_for_those_that_share_it(shared, count):
     assert shared == "image" or torch.equal(noise[1], noise[4])
 
 
+class Pushing:
+    """A victim whose loss pushes every pixel the same way, by one sign after the other."""
+
+    def __init__(self, *signs):
+        self.signs = iter(signs)
+
+    def fresh(self, seed):
+        return torch.nn.Linear(1, 1)
+
+    def loss(self, net, x, labels, generator):
+        return 0 * net.weight.sum() if net.training else next(self.signs) * x.sum()
+
+
+@pytest.mark.parametrize("signs, how, levels", [
+    ((1, 1), dict(rounds=2, step=0.2), -8 - 4),            # then steps half as long
+    ((1, 1, 1, -1), dict(rounds=1, noise_steps=4, step=0.1), -4 * 4),
+    ((1, 1, 1, -1), dict(rounds=1, noise_steps=4, step=0.1, momentum=0.0), -4 * 2)])
+def test_min_min_takes_steps_that_fall_by_a_gradient_with_momentum(signs, how, levels):
+    x = torch.full((4, 3, 2, 2), 128 / 255)
+    ue = min_min(x, torch.zeros(4, dtype=torch.long), Pushing(*signs), start=x, epsilon=40 / 255,
+                 train_batches=1, **how)
+    same((255 * (ue - x)).round(), torch.full_like(x, levels))
+
+
 def test_rotation_scores_are_of_every_image_in_all_four_turns(monkeypatch):
     x, cropped = torch.arange(2 * 3 * 4).view(2, 3, 2, 2) / 24, []
     monkeypatch.setattr(attacks, "crop_flip", lambda x, generator: cropped.append(generator) or x)
