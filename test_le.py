@@ -1519,6 +1519,7 @@ def test_main_interrupted_shows_no_traceback_and_says_how_to_go_on(tmp_path, mon
     (["ddpm", "--unet_start", "none.pt", "--sampler.perceptual_weight", "0"], "none.pt"),
     (["--resnet.widths", "4,8,8,8"], "--resnet.widths: expected 8 or more each"),
     (["--unet.width", "2"], "--unet.width: expected 4 or more"),
+    (["--ddpm.tilt", "5000"], "--ddpm.tilt: expected at most 10"),
 ])
 def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

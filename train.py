@@ -988,6 +988,7 @@ def check(c, given, defaults):
     for option, fits, expected in (
             ("limit", c.limit != 1, "2 or more"), ("epsilon", 1 <= c.epsilon <= 255, "1 to 255"),
             ("ddpm.levels", c.ddpm["levels"] <= unet.T, f"at most {unet.T}"),
+            ("ddpm.tilt", c.ddpm["tilt"] <= 10, "at most 10"),
             ("ddpm.batch_size", c.ddpm["batch_size"] % PROCESSES == 0,
              f"a multiple of the {PROCESSES} processes"),
             # below 8, oneDNN (torch 2.13.0) errs in gradients of strides where AVX2 is the best
