@@ -1549,6 +1549,15 @@ def test_parse_lets_options_override_the_configuration_of_the_data():
     assert vars(quick) == vars(configured()) | dict(protections=("em-class",))
 
 
+def test_parse_limit_shortens_batches_to_what_processes_can_share(monkeypatch):
+    assert configured("--limit", 4).ddpm["batch_size"] == 4
+    monkeypatch.setattr(train, "PROCESSES", 3)
+    monkeypatch.setitem(train.DEFAULTS, "ddpm.batch_size", 12)
+    short = configured("--limit", 4)
+    assert short.ddpm["batch_size"] == 6 and short.classifier["batch_size"] == 4
+    assert configured("--limit", 40).ddpm["batch_size"] == 12
+
+
 def test_parse_config_paper_is_the_papers_protocol():
     c = configured("--data", "cifar10", "--config", "paper")
     with torch.device("meta"):

@@ -910,7 +910,8 @@ def value_of(option, default, text):
 CHOICES = {"purifier": PURIFIERS, "victim": VICTIMS, "view": VIEWS, "optimizer": OPTIMIZERS,
            "evaluate": ("validation", "test"), "shared": ("image", "class", "all")}
 SHORTENED = ("protected", "unprotected", "validation", "test", "epochs", "steps", "rounds",
-             "surrogates", "train_batches", "noise_steps", "warm_up", "batches")  # by --limit
+             "surrogates", "train_batches", "noise_steps", "warm_up", "batches",
+             "batch_size")            # by --limit
 
 
 def parse(argv):
@@ -943,7 +944,9 @@ def parse(argv):
     limit = options["limit"]
     shortened = [option for option, value in options.items() if limit and type(value) is int
                  and option.rpartition(".")[2] in SHORTENED and option != "sampler.steps"]
-    options |= {option: min(options[option], limit) for option in shortened}
+    for option in shortened:
+        shared = -limit % PROCESSES if option == "ddpm.batch_size" else 0  # a share each
+        options[option] = min(options[option], limit + shared)
     c = nested(options)
     if given["protections"] is None and (c.published or is_published(c.data)):
         c.protections = ("published",)
