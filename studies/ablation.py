@@ -103,7 +103,7 @@ def questions(joint):
         "few levels, many rounds": {
             "joint": joint,
             "joint, half the steps": replace(joint, steps=max(1, joint.steps // 2)),
-            "joint, twice the steps": replace(joint, steps=2 * joint.steps),
+            "joint, twice the steps": replace(joint, steps=min(top, 2 * joint.steps)),
             "joint, two rounds of half": replace(joint, rounds=2 * joint.rounds,
                                                  steps=max(1, joint.steps // 2))},
         "how much weight": {

@@ -29,8 +29,8 @@ import unet
 from attacks import EPSILON, SimCLR, Victim, fit, partner_scores, publish
 from le import BadInput, Sampler, purify
 from perceptual import VGG
-from studies import (answers, arrays, contrastive, handout, opponents, pictures, protections,
-                     purifiers, scenarios)
+from studies import (ablation, answers, arrays, contrastive, handout, opponents, pictures,
+                     protections, purifiers, scenarios)
 from studies import purify as own_images
 from studies.grading import CLAIMS
 from test_le import (FREE, HERE, JOINT, SMALL, TINY, Malice, asked_for, awake, checkpoint,
@@ -457,7 +457,8 @@ def test_purify_any_pads_to_what_a_unet_of_other_patches_takes():
     net = UNet(width=8, mults=(1, 2), blocks=1, attention=(), patch=3, size=36).eval()
     unguided = replace(JOINT, pixel_weight=0.0, perceptual_weight=0.0)
     for size in ((7, 40), (33, 150)):                      # multiples of 6, and tiles of 126
-        assert arrays.purify_any(net, None, torch.rand(1, 3, *size), unguided, [0]).shape[2:] == size
+        made = arrays.purify_any(net, None, torch.rand(1, 3, *size), unguided, [0])
+        assert made.shape == (1, 3, *size)
 
 
 def test_purify_any_blends_tiles_without_seams():
@@ -577,6 +578,7 @@ BYTES = np.arange(2 * 8 * 9 * 3, dtype=np.uint8).reshape(2, 8, 9, 3)
     ("a.npz", dict(train_images=BYTES[..., 0], train_labels=np.zeros((2, 1)))),  # MedMNIST's
     ("a.pt", torch.from_numpy(np.moveaxis(BYTES, 3, 1))), ("a.pt", dict(images=BYTES / 255)),
     ("a.npy", (BYTES / 255).astype(">f4")),                # of another machine
+    ("a.pt", torch.from_numpy(np.moveaxis(BYTES / 255, 3, 1)).bfloat16()),
     ("a.npz", dict(images=BYTES, names=np.array(["a", "b"]))),
 ])
 def test_images_in_finds_what_looks_like_images_and_written_gives_it_its_axes(
@@ -796,6 +798,26 @@ def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
     assert ("ddpm: kept" in said or name == "scenarios") and (written or said.count("|") > 10)
     for picture_name in written:
         assert Image.open(tmp_path / "run" / f"{picture_name}.png").width > 300
+    if study[1:2] == ["part"]:
+        assert "part, em-sample" in said                   # the question's own, of a whole run
+
+
+@pytest.mark.parametrize("name", le.SAMPLERS)
+def test_ablation_changes_what_the_name_of_its_row_says(name):
+    sampler = le.SAMPLERS[name]
+    rows = {}
+    for part in ablation.questions(sampler).values():
+        rows |= part
+    alone, both = rows["perceptual only"], rows["joint, both"]
+    assert alone.perceptual_weight > 0 and alone.pixel_weight == 0 and both.perceptual_weight > 0
+    other = "colour" if sampler.compare == "grey" else "grey"
+    assert rows[f"joint, on {other}"] == replace(sampler, compare=other)
+
+
+def test_pictures_says_where_there_is_nothing_to_draw(tmp_path, small_run, capsys):
+    shutil.copytree(small_run, tmp_path / "run")
+    pictures.main(["scenarios", *SMALL, "--out", str(tmp_path / "run")])
+    assert "scenarios: there is nothing to draw yet" in capsys.readouterr().err
 
 
 def test_main_studies_know_victims_of_ones_own_and_runs_of_two_images(tmp_path, monkeypatch):
