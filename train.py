@@ -535,14 +535,13 @@ def folder(root, size, classes=(), limit=0):
     if len(set(names)) < 2 or not set(names) <= set(classes or names):
         raise BadInput(f"{root}: expected two or more folders of images, a class each, "
                        f"{('named ' + ', '.join(classes)) if classes else ', '.join(IMAGES)}")
-    images, n = [], len(files)
-    files = [files[i] for i in spaced(n, min(n, limit or n))]
-    for file in files:
-        image = open_image(file).convert("RGB")
+    images, places = [], spaced(len(files), min(len(files), limit or len(files)))
+    for i in places:
+        image = open_image(files[i]).convert("RGB")
         images.append(pixels_of(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
     classes = classes or sorted(set(names))
-    labels = [classes.index(file.relative_to(root).parts[0]) for file in files]
-    return torch.stack(images), torch.tensor(labels), files
+    labels = torch.tensor([classes.index(names[i]) for i in places])
+    return torch.stack(images), labels, [files[i] for i in places]
 
 
 def classes_in(*folders):
@@ -950,8 +949,7 @@ def parse(argv):
     c = nested(options)
     if given["protections"] is None and (c.published or is_published(c.data)):
         c.protections = ("published",)
-    check(c, {option: value for option, value in options.items() if value != known[option][0]},
-          {option: default for option, (default, _) in known.items()})
+    check(c, options, known)
     lasting = [name for name in given["config"] if name != "quick"]  # the story goes on from it
     parts = [Path(c.data).resolve().name, *lasting, f"limit{limit}" * bool(limit),
              Path(c.published).stem]
@@ -976,18 +974,19 @@ ZERO = ("seed", "limit", "dropout", "tilt", "momentum", "warm_up", "pixel_weight
         "perceptual_weight", "perceptual_below")
 
 
-def check(c, given, defaults):
-    """Raise BadInput, naming the option, where a value makes no sense; `given` are those that are
-    not the default's."""
-    for option, value in given.items():
-        zero_fits, default = option.rpartition(".")[2] in ZERO, defaults[option]
-        if isinstance(default, (int, float)) and default <= 0 and not zero_fits:
+def check(c, options, known):
+    """Raise BadInput, naming the option, where a value, other than its default, makes no sense."""
+    for option, value in options.items():
+        zero_fits, default = option.rpartition(".")[2] in ZERO, known[option][0]
+        free = isinstance(default, (int, float)) and default <= 0 and not zero_fits
+        if free or value == default:
             continue
         for number in value if isinstance(value, tuple) else [value]:
             counts = isinstance(number, (int, float)) and not isinstance(number, bool)
             if counts and not (0 < number < 2 ** 31 or number == 0 and zero_fits):
                 raise BadInput(f"--{option} {number}: expected a number above 0, below 2 ** 31")
-    theirs = ["published"] * bool(c.published or is_published(c.data))
+    folders = is_published(c.data)
+    theirs = ["published"] * bool(c.published or folders)
     for option, fits, expected in (
             ("limit", c.limit != 1, "2 or more"), ("epsilon", 1 <= c.epsilon <= 255, "1 to 255"),
             ("ddpm.levels", c.ddpm["levels"] <= unet.T, f"at most {unet.T}"),
@@ -1001,8 +1000,7 @@ def check(c, given, defaults):
             ("protections", c.protections and set(c.protections) <= {*PROTECTIONS, *theirs},
              ",".join(PROTECTIONS)),
             ("lpips", c.vgg_weights or not c.lpips, "--vgg_weights beside it"),
-            ("published", not (c.published and is_published(c.data)),
-             "a --data that is not protected yet"),
+            ("published", not (c.published and folders), "a --data that is not protected yet"),
             ("unprotected", c.published or not c.unprotected, "--published beside it"),
             ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"],
              f"at most --ddpm.levels, {c.ddpm['levels']}, which the U-Net learns")):

@@ -26,8 +26,8 @@ from le import as_bytes, as_float
 from unet import BadInput, on_device
 from studies.drawing import grid, plot
 from studies.purifiers import deterministic, weighted
-from studies.run import (chosen, compared_otherwise, networks, opened, parser_of, repaired, slug,
-                         spread)
+from studies.run import (chosen, compared_otherwise, networks, only_one, opened, parser_of,
+                         repaired, slug, spread)
 
 
 # -- What needs no network -------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def main(argv=None):
     parser.add_argument("--only", metavar="ROW", help="one row of the table")
     with opened(parser, argv) as (options, c, sets, _):
         c.evaluate = "validation"                          # what is chosen by looking at it
-        name = options.protection or (c.protections[0] if len(c.protections) == 1 else "em-sample")
+        name = options.protection or only_one(c, "em-sample")
         if name == "published" and name not in sets:
             raise BadInput("--protection published: expected --published beside it")
         result = ablate(c, sets, name, options.only)

@@ -61,6 +61,11 @@ def compared_otherwise(sampler):
     return replace(sampler, compare="colour" if sampler.compare == "grey" else "grey")
 
 
+def only_one(c, default):
+    """The run's protection, if it has only one, or the study's own."""
+    return c.protections[0] if len(c.protections) == 1 else default
+
+
 def slug(text):
     """A file name for a label."""
     return "-".join("".join(ch if ch.isalnum() or ch == "." else " " for ch in text).split())

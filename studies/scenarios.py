@@ -40,8 +40,8 @@ from studies.contrastive import code, longer
 from studies.drawing import plot_columns, plot_rows
 from studies.prior import counts_up_to, few, prior, shift
 from studies.protections import register
-from studies.run import (accuracies_on, network_of, networks, opened, parser_of, repaired, shown,
-                         slug, spread, versions)
+from studies.run import (accuracies_on, network_of, networks, only_one, opened, parser_of,
+                         repaired, shown, slug, spread, versions)
 from studies.untuned import mend, others
 
 OTHER = {"classifier": "simclr", "simclr": "classifier", "rotation": "classifier"}
@@ -180,9 +180,8 @@ def draw(name, rows):
 def ask(name, c, sets, victims):
     """Make a scenario's table, and write it and its picture to the run's folder."""
     one, asks = {}, signature(SCENARIOS[name]).parameters
-    if "protection" in asks:                               # the run's, or the question's own
-        several = len(c.protections) > 1
-        one = dict(protection=asks["protection"].default if several else c.protections[0])
+    if "protection" in asks:
+        one = dict(protection=only_one(c, asks["protection"].default))
     rows = SCENARIOS[name](c, sets, victims, **one)
     path = c.run / f"{name}.json"
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
