@@ -3,13 +3,11 @@
 Error-minimizing noise (Huang et al. 2021, arXiv 2101.04898) makes the training loss so small that
 nothing is left to learn: the network finds the noise, which says the class, before the picture.
 Contrastive poisoning (He et al. 2023, arXiv 2202.11202) does the same to networks that learn
-without labels: the noise says which two views are of one image. Networks that learn by telling how
-far an image is turned are fooled by noise that says which way is up. All three are one alternation,
-`min_min`, over three losses.
+without labels: the noise says which two views are of one image. Both are one alternation,
+`min_min`, over two losses; `studies/rotation.py` gives it a third.
 
-Reading order: what a victim learns -> min_min -> noise_step -> views -> networks -> fit -> VICTIMS,
-PROTECTIONS. Images are in [0, 1], (B, 3, H, W); random choices are drawn per image from a CPU
-torch.Generator. This file imports nothing of the project, so noise is kept when the rest changes.
+Reading order: what a victim learns -> min_min -> noise_step -> views -> networks -> fit. Images are
+in [0, 1], (B, 3, H, W); random choices are drawn per image, on the CPU.
 """
 import inspect
 import math
@@ -25,8 +23,7 @@ EPSILON = 8 / 255                                          # the largest change 
 
 
 # -- What a victim learns --------------------------------------------------------------------------
-# Every loss here is the cross-entropy of a choice: (net, images, labels, generator) -> scores
-# (M, choices) and the right answers (M,).
+# Each loss is the cross-entropy of a choice: its scores (M, choices) and right answers (M,).
 
 def class_scores(net, x, labels, generator):
     """Which class? The choice that a classifier learns, and error-minimizing noise makes easy."""
@@ -56,22 +53,9 @@ def partner_scores(net, x, labels, generator, view, temperature):
     return nt_xent_scores(net(views), temperature)
 
 
-def rotation_scores(net, x, labels, generator):
-    """Which way is up? Every image, cropped and flipped, in all four turns, by 0, 90, 180 and 270
-    degrees counterclockwise (Gidaris et al. 2018, "RotNet", arXiv 1803.07728).
-
-    Returns scores (4B, 4), of all B images upright, then of all in the next turn, and so on, and
-    the turns, 0 to 3 (4B,).
-    """
-    x = crop_flip(x, generator)
-    turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])
-    return net(turned), torch.arange(4, device=x.device).repeat_interleave(len(x))
-
-
 @dataclass(frozen=True)
 class Victim:
-    """Who trains on published images. The owner trains such a network, too, before he publishes
-    them, to make his noise by it: that one is the surrogate."""
+    """Who trains on published images; and the *surrogate*, by which the owner makes his noise."""
     network: Callable              # network(**config) -> one with random weights
     scores_and_answers: Callable   # what it learns: class_scores, partner_scores, or your own
     config: dict = field(default_factory=dict)
@@ -116,6 +100,7 @@ def min_min(images, labels, victim, *, shared="image", start=None, surrogates=1,
     Returns UEs, at most epsilon away from the images, and rounded to 8 bits.
     """
     generator = torch.Generator().manual_seed(seed)
+    # rows (N,): which perturbation of (R, 3, H, W) each image wears
     rows = {"image": torch.arange(len(images)), "class": labels.cpu(),
             "all": torch.zeros(len(images), dtype=torch.long)}[shared]
     shape = (int(rows.max()) + 1, *images.shape[1:])
@@ -135,7 +120,7 @@ def min_min(images, labels, victim, *, shared="image", start=None, surrogates=1,
                                batch_size, generator)
         size = step * epsilon * (1 - done / total)
         for b in torch.randperm(len(images), generator=generator).split(batch_size)[:noise_batches]:
-            used, wearer = rows[b].unique(return_inverse=True)
+            used, wearer = rows[b].unique(return_inverse=True)  # (r,) rows, (B,) places in them
             for _ in range(noise_steps):
                 gradient = noise_gradient(net, victim, images[b], labels[b], perturbation[used],
                                           wearer, generator)
@@ -207,17 +192,16 @@ def boxes(x, top, left, height, width, size, generator):
 
 
 def crop_flip(x, generator, pad=4):
-    """Random crop of the zero-padded image and flip, as in nearly every CIFAR classifier:
-    (B, C, H, H) -> same."""
+    """Random crop of the zero-padded image, and flip, as CIFAR classifiers do: (B, C, H, H)."""
     size = x.shape[-1]
     top, left = torch.randint(-pad, pad + 1, (2, len(x)), generator=generator)
     return boxes(x, top, left, size, size, size, generator)
 
 
 def quadrant_view(x, generator, jitter=2):
-    """One of the four quadrants, moved by up to `jitter` pixels, flipped half of the time, and each
-    channel less its mean: (B, C, H, H) -> (B, C, H / 2, H / 2), around 0.5. Two views of one of
-    our shapes share the class and nothing else."""
+    """One of the four quadrants, moved by up to `jitter` pixels, flipped or not, each channel less
+    its mean: (B, C, H, H) -> (B, C, H / 2, H / 2), around 0.5. Two share the class of our shapes
+    and nothing else."""
     half = x.shape[-1] // 2
     corners = torch.randint(2, (2, len(x)), generator=generator) * half
     moves = torch.randint(-jitter, jitter + 1, (2, len(x)), generator=generator)
@@ -356,8 +340,7 @@ class ResNet(nn.Module):
 class SimCLR(nn.Module):
     """An encoder and the head through which contrastive learning trains it (Chen et al. 2020).
 
-    Images (B, 3, H, W) -> embeddings (B, c). The head is thrown away afterwards: what a victim
-    keeps are the encoder's features.
+    Images -> embeddings (B, c). The head is thrown away afterwards: a victim keeps the features.
     """
 
     def __init__(self, **resnet):
@@ -374,27 +357,10 @@ class SimCLR(nn.Module):
         return self.projection(self.features(x))
 
 
-class RotNet(ResNet):
-    """A ResNet that tells by which of four turns an image is turned (Gidaris et al. 2018).
-
-    Its features are those of the last two blocks: the very last one knows turns best, and the one
-    before it what is in the picture.
-    """
-
-    def __init__(self, classes, **resnet):
-        super().__init__(classes=4, **resnet)
-
-    def features(self, x):
-        before = self.levels[:-1]((x - 0.5) / 0.25)
-        return torch.cat([before.mean((2, 3)), self.levels[-1](before).mean((2, 3))], dim=1)
-
-    def forward(self, x):
-        return self.head(self.features(x)[:, -self.head.in_features:])
-
-
 def orthogonal(matrix):
     """Nearly U V^T of a matrix U S V^T, by five Newton-Schulz steps: what it does to each direction
-    is kept, how much of it becomes about the same (Jordan et al. 2024)."""
+    is kept, how much of it becomes about the same (Jordan et al. 2024). A step is an odd polynomial
+    of each singular value; five with these coefficients take 0.01 to 1 into 0.68 to 1.14."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.mT if tall else matrix) / matrix.norm().clamp_min(1e-7)
     for _ in range(5):
@@ -470,9 +436,7 @@ VICTIMS = {
     # by Muon SimCLR takes half of the time, and is fooled by contrastive noise much less
     "simclr": Victim(SimCLR, partner_scores, choice=dict(view="quadrant", temperature=0.3),
                      training=dict(epochs=44, batch_size=128, lr=0.1, optimizer="sgd"),
-                     probed=True),
-    "rotation": Victim(RotNet, rotation_scores, probed=True,  # a batch is in all four turns
-                       training=dict(epochs=8, batch_size=32, lr=0.1, optimizer="sgd"))}
+                     probed=True)}
 
 
 def victim_of(name, resnet, settings):
@@ -481,8 +445,8 @@ def victim_of(name, resnet, settings):
     choice = {key: settings[key] for key in victim.choice}
     if "view" in choice:
         choice["view"] = VIEWS[choice["view"]]
-    # noise does not depend on how long victims train
-    return replace(victim, config=resnet, choice=choice, training={})
+    training = {key: settings[key] for key in victim.training}
+    return replace(victim, config=resnet, choice=choice, training=training)
 
 
 # -- Protections -----------------------------------------------------------------------------------
@@ -504,12 +468,6 @@ class Protection:
                 if name not in given and not callable(value)}
 
 
-def published(protection, images, labels, **how):
-    """What a protection makes of images, as bytes."""
-    made = protection(images, labels.to(images.device), **how)
-    return dict(images=made.mul(255).round_().clamp_(0, 255).byte().cpu())
-
-
 # Sample-wise noise starts from class-wise noise, as in He et al. 2023
 PROTECTIONS = {
     "em-class": Protection(min_min, settings=dict(shared="class", rounds=40, noise_batches=10)),
@@ -519,6 +477,4 @@ PROTECTIONS = {
         shared="class", surrogates=7, rounds=10, train_batches=16, noise_batches=8, step=0.15,
         batch_size=384)),
     "cp-sample": Protection(min_min, "simclr", "cp-class", dict(
-        surrogates=1, rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256)),
-    "rot": Protection(min_min, "rotation", settings=dict(
-        shared="all", rounds=30, noise_batches=10, batch_size=32))}
+        surrogates=1, rounds=4, train_batches=30, noise_steps=2, step=0.15, batch_size=256))}

@@ -6,9 +6,11 @@ only unprotected images. Two conditions pull every reverse step back towards the
 picture survives and the protection does not: pixel distance, then perceptual distance.
 
 Reading order: Sampler -> purify -> denoise -> guidance -> joint_conditioned_mean. Below them is
-what every command needs. `train.py` tells the story, `python -m studies.purify` takes your images.
+what every command needs: errors in one line, progress. `train.py` tells the story.
 """
 import argparse
+import dis
+import inspect
 import math
 import os
 import signal
@@ -17,15 +19,11 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
-from unet import (DEVICE, PROCESSES, RANK, BadInput, mixed_precision, posterior, predict_x0,
-                  q_sample, read, said, seed_of, sigma, visited_levels)
+from unet import (DEVICE, BadInput, as_bytes, as_float, mixed_precision, posterior, predict_x0,
+                  q_sample, said, sigma, visited_levels)
 
 BATCH = 512 if DEVICE == "cuda" else 32                    # images purified at once
 
@@ -48,11 +46,11 @@ class Sampler:
         visited_levels(self.t_star, self.steps)            # raises BadInput if they cannot be
         if self.target not in ("x0", "xt") or self.compare not in ("colour", "grey"):
             raise BadInput(f"target {self.target}, compare {self.compare}: expected x0 or xt, "
-                             "and colour or grey")
+                           "and colour or grey")
         weights = (self.pixel_weight, self.perceptual_weight)
         if self.rounds < 1 or not all(0 <= w < math.inf for w in weights):
             raise BadInput(f"rounds {self.rounds}, weights {weights}: expected 1 or more rounds, "
-                             "and finite weights that are not negative")
+                           "and finite weights that are not negative")
 
 
 # guide_scale = 70000 over m = 2 * epsilon / 3, and distances averaged over the shipped batch of 500
@@ -104,21 +102,18 @@ def joint_conditioned_mean(mean, var, t, gradient):
     return mean - (var * sigma(t) * gradient).clamp(-var.sqrt(), var.sqrt())
 
 
-def denoise(net, distance, ue, sampler, draw, trace=None):
-    """One batch of UEs (B, 3, H, W) in [-1, 1] -> LEs in [-1, 1] (Jiang et al. 2023).
-
-    `draw()` gives standard normal noise of that shape. `trace`, a list, gets every x_t.
-    """
+def denoise(net, distance, ue, sampler, draw):
+    """The way of one batch of UEs (B, 3, H, W) in [-1, 1] to their LEs (Jiang et al. 2023): yields
+    x_t at every level that is visited, the LEs last. `draw()` gives normal noise of that shape."""
     visited = visited_levels(sampler.t_star, sampler.steps)
     y, y_features = seen(ue, sampler), None
     if sampler.perceptual_weight:
         y_features = distance.embed(y / 2 + 0.5)
-    x = ue
+    xt = ue
     for _ in range(sampler.rounds):
-        xt = q_sample(x, sampler.t_star, draw())
+        xt = q_sample(xt, sampler.t_star, draw())
+        yield xt
         for t, s in zip(visited, visited[1:]):
-            if trace is not None:
-                trace.append(xt)
             with mixed_precision(xt.device):
                 eps = net(xt, t)
             x0 = predict_x0(xt, t, eps.float()).clamp(-1, 1)
@@ -132,8 +127,7 @@ def denoise(net, distance, ue, sampler, draw, trace=None):
                 gradient = seen(gradient, sampler)         # the chain rule: a symmetric projection
                 mean = joint_conditioned_mean(mean, var, t, gradient)
             xt = mean + var.sqrt() * draw()
-        x = xt
-    return x
+            yield xt
 
 
 @torch.no_grad()
@@ -160,7 +154,8 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
 
         def draw(shape=ue.shape[1:], noises=noises):
             return torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(device)
-        made = denoise(net, distance, ue, sampler, draw)
+        for made in denoise(net, distance, ue, sampler, draw):
+            pass                                           # only where the way ends
         if not made.isfinite().all():
             raise BadInput("the sampled images are not finite")
         out[i:i + len(ue)] = as_float(as_bytes(made / 2 + 0.5))
@@ -169,67 +164,37 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
     return out
 
 
-# A purifier is a function like `purify`; with an entry here, train.py --purifier NAME judges it
+# A purifier is a function (net, distance, images, sampler, seeds, report) -> images in [0, 1]. With
+# an entry here, or in a file of your own, train.py --purifier NAME judges it
 PURIFIERS = {"joint": purify}
 
 
-def divided(purifier, net, distance, images, sampler, seed, report):
-    """What a purifier makes of images (N, 3, H, W), as bytes; each process does its share."""
-    seeds = [seed_of(seed, place) for place in range(len(images))]
-    mine = slice(RANK, None, PROCESSES)
-    made = torch.zeros_like(images, device=DEVICE)
-    made[mine] = purifier(net, distance, images[mine], sampler, seeds[mine], report=report)
-    if PROCESSES > 1:
-        torch.distributed.all_reduce(made)                 # every image is 0 in the other processes
-    return dict(images=as_bytes(made).cpu())
+# -- What every command needs: errors in one line, progress ----------------------------------------
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))           # how many torchrun has started
+RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0  # which of them this one is
 
 
-# -- What every command needs: errors in one line, progress, downloads, images, torchrun -----------
-
-@contextmanager
-def processes():
-    """Within, under torchrun, the processes can exchange tensors, and only the first one talks."""
+def shared_store():
+    """Under torchrun, where its processes agree who does what; else None. Only the first talks."""
     if PROCESSES == 1:
-        yield
-        return
-    # here, since not every torch has it; and before a group is made, which would not end otherwise
-    import torch.distributed.nn
-    local = int(os.environ.get("LOCAL_RANK", 0))
+        return None
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     if DEVICE == "cuda":
-        if local >= torch.cuda.device_count():
-            raise BadInput("torchrun: more processes than GPUs")
-        torch.cuda.set_device(local)
-    try:                                                   # some wait while one trains for hours
-        torch.distributed.init_process_group(timeout=timedelta(days=365))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    try:
+        return next(torch.distributed.rendezvous("env://"))[0]
     except ValueError as error:
         raise BadInput(f"WORLD_SIZE is set, as torchrun does, but: {said(error)}") from None
-    if RANK:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def all_here():
-    """Wait until every process is here."""
-    if PROCESSES > 1:
-        torch.distributed.barrier()
-
-
-def as_bytes(images):
-    return images.mul(255).round_().clamp_(0, 255).byte()
-
-
-def as_float(images):
-    return images / 255
 
 
 @contextmanager
 def one_line_errors(program):
     """Within, what a user can mend ends the program with one line and exit code 2."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):     # so that nothing half-written stays
+            signal.signal(number, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):                 # a notebook's stream is another
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every letter
     try:
@@ -243,6 +208,27 @@ def one_line_errors(program):
         sys.exit(130)
 
 
+def looked_at(whose, made, shape, within=(-math.inf, math.inf)):
+    """A tensor that somebody's function has made, if it has this shape, where -1 is any number, and
+    finite values within these, but for rounding. Raises BadInput, naming whose it is, if not."""
+    if not isinstance(made, torch.Tensor):
+        raise BadInput(f"{whose} gave a {type(made).__name__}, expected a tensor")
+    if made.ndim != len(shape) or any(n not in (-1, m) for n, m in zip(shape, made.shape)):
+        raise BadInput(f"{whose} gave {tuple(made.shape)}, expected {tuple(shape)}")
+    low, high = made.min().item(), made.max().item()
+    if not (within[0] - 0.002 <= low and high <= within[1] + 0.002 and made.isfinite().all()):
+        raise BadInput(f"{whose} gave {low:.3g} to {high:.3g}, expected {within}, finite")
+    if len(made) > 1 and made.ndim == 4 and (made == made[:1]).all():
+        raise BadInput(f"{whose} gave one image for all {len(made)}")
+    return made
+
+
+def unused_seed(make):
+    """Whether a protection or a purifier never looks at the seed, or seeds, that it is given."""
+    steps = dis.get_instructions(inspect.unwrap(getattr(make, "func", make)))
+    return not any("seed" in str(step.argval) for step in steps if step.opname.startswith("LOAD"))
+
+
 class Progress:
     """report(done, total, **values): one line on stderr that rewrites itself, with the time left.
 
@@ -251,11 +237,11 @@ class Progress:
     """
 
     def __init__(self, label):
-        self.label, self.shown = label, 0.0
+        self.label, self.shown = label, None
 
     def __call__(self, done, total, **values):
-        now, live = time.time(), sys.stderr.isatty()
-        if not self.shown:
+        now, live = time.monotonic(), sys.stderr.isatty()
+        if self.shown is None:
             self.start, self.first = now, done             # a resumed job does not begin at 0
         elif done < total and now - self.shown < (0.2 if live else 20):
             return
@@ -270,129 +256,8 @@ class Progress:
         print(f"\r{text:<78}" if live else text, end=end, file=sys.stderr, flush=True)
 
 
-def download(address, path):
-    """Fetch (url, sha256) to a path, if one is given and nothing is there, and if its hash fits."""
-    if not path or Path(path).exists():
-        return
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address[0], str(path), hash_prefix=address[1])
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"{address[0]}: {error}; fetch it elsewhere and put it at {path}") from None
-
-
-IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
-          ".ppm", ".pgm")
-
-
-def refuse(error):
-    raise error
-
-
-def image_files(folder):
-    """The files under a folder that are images by their names; and the other files and the links to
-    folders, which are not followed; sorted. What begins with a dot is of a notebook or of a file
-    system, and does not count. Raises OSError where a folder cannot be read."""
-    images, others = [], []
-    for here, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] != "."]
-        others += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
-        for path in [Path(here, name) for name in names if name[0] != "."]:
-            is_image = path.suffix.lower() in IMAGES and path.is_file()
-            (images if is_image else others).append(path)
-    return sorted(images), sorted(others)
-
-
-def open_image(path):
-    """The image in a file, upright (EXIF), in mode RGB, RGBA, L or LA; the first of several frames.
-
-    Raises BadInput if it cannot be read whole, is far too large, or has not 8 bits a channel.
-    """
-    try:
-        image = Image.open(path)
-        if ";16" in str(image.tile):                       # Pillow would cut an RGB one to 8
-            raise ValueError("16 bits a channel, expected 8")
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "P" or "transparency" in image.info:
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    except Exception as error:                             # decoders raise whatever they like
-        raise BadInput(f"{path}: not a readable image ({error})") from None
-    if image.mode not in ("RGB", "RGBA", "L", "LA"):
-        raise BadInput(f"{path}: mode {image.mode}; expected RGB or grey of 8 bits, or a palette")
-    return image
-
-
-def pixels_of(image):
-    """A Pillow image as a tensor (3, H, W) in [0, 1]."""
-    return as_float(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
-
-
-ARRAYS = (".npy", ".npz", ".pt", ".pth")
-
-
-def as_array(value):
-    """A tensor or array as an array in this machine's byte order; bfloat16, which NumPy does not
-    have, as float32."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().to_dense()
-        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    array = np.asarray(value)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def read_arrays(path):
-    """{key: array} of what is in a .npy, .npz, .pt or .pth file; "" is the key of a lone array.
-
-    No file is allowed to run code. Raises BadInput.
-    """
-    try:
-        if Path(path).suffix in (".pt", ".pth"):
-            found = read(path)
-        else:
-            found = np.load(path, allow_pickle=False)
-        if not isinstance(found, (dict, np.lib.npyio.NpzFile)):
-            found = {"": found}
-        return {str(key): as_array(value) for key, value in found.items()}
-    except (BadInput, FileNotFoundError):
-        raise
-    except Exception as error:                             # numpy and zipfile raise many kinds
-        raise BadInput(f"{path}: not a readable file of arrays ({type(error).__name__})") from None
-
-
-def writes_last(path):
-    """Where either axis could be the channels: NumPy's users write them last, torch's second."""
-    return Path(path).suffix.startswith(".np")
-
-
-def are_last(array, last):
-    """Whether the channels of images (N, ., ., .) are the last axis; `last` where both could be."""
-    return array.shape[3] == 3 and (last or array.shape[1] != 3)
-
-
-def channels_second(array, last):
-    """An array (N, 3, H, W) or (N, H, W, 3) as a tensor (N, 3, H, W), None if it is neither."""
-    if array.ndim != 4 or not array.size or 3 not in (array.shape[1], array.shape[3]):
-        return None
-    return torch.from_numpy(np.moveaxis(array, 3, 1) if are_last(array, last) else array)
-
-
-def images_of(array, last=True):
-    """The images (N, 3, H, W) in [0, 1] that an array holds, 8-bit or in [0, 1]; else None."""
-    x = channels_second(array, last)
-    if x is None or not (x.dtype == torch.uint8 or x.is_floating_point()):
-        return None
-    if x.dtype == torch.uint8:
-        return as_float(x)
-    return x.float() if 0 <= x.min() <= x.max() <= 1 else None
-
-
-def described(array):
-    """What an array is, for a message: its type, its shape and its range."""
-    if not array.size or array.dtype.kind not in "biuf":
-        return f"{array.dtype}, {array.shape}"
-    return f"{array.dtype}, {array.shape}, {array.min():.3g} to {array.max():.3g}"
-
-
 class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, too."""
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")

@@ -1,18 +1,19 @@
 """Denoising diffusion (Ho et al. 2020, "DDPM", arXiv 2006.11239): forward, reverse, U-Net.
 
-Reading order: schedule -> q_sample -> ddpm_loss -> UNet -> train_unet -> p_sample -> sample. What
-the other files need as well, devices and checkpoints, is at the end.
+The forward process q turns an image into noise, a little at each level. A network that predicts
+this noise knows the way back: the image less the noise is a guess of the image, and with a guess
+of it the distribution one level lower, q(x_s | x_t, x_0), is a Gaussian that can be written down.
+
+Reading order: schedule -> q_sample -> posterior -> ddpm_loss -> UNet -> train_unet; then what the
+other files need as well. `le.denoise` goes all the way back.
 Images in this file are in [-1, 1], (B, 3, H, W); t counts the noise levels 1..T, 0 is no noise.
 """
 import copy
-import json
 import math
 import os
 import time
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,10 @@ from torch import nn
 
 DEVICE = ("cuda" if torch.cuda.is_available() else
           "mps" if torch.backends.mps.is_available() else "cpu")
-RANK = int(os.environ.get("RANK", 0))                      # which of the processes of torchrun
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))           # this one is, and how many there are
+
+
+class BadInput(ValueError):
+    """Something that a user gave cannot be used; the message, one line, says what was expected."""
 
 
 # -- The forward process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps ------------------
@@ -32,19 +35,14 @@ BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # BETA[t - 1] is the 
 ALPHA_BAR = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETA).cumprod(0)])
 
 
-@cache
-def schedule(device, dtype):
-    """ALPHA_BAR, copied to a GPU once, and rounded before: not every GPU knows float64."""
-    return ALPHA_BAR.to(dtype).to(device)
-
-
 def alpha_bar(t, like):
     """alpha_bar_t, shaped (B or 1, 1, 1, 1) to multiply images `like`; t is an int or (B,) ints."""
-    return schedule(like.device, like.dtype)[t].reshape(-1, 1, 1, 1)
+    in_kind = ALPHA_BAR.to(like.dtype)                     # first, since MPS has no float64
+    return in_kind.to(like.device)[t].reshape(-1, 1, 1, 1)
 
 
 def sigma(t):
-    """Noise-to-signal ratio sqrt((1 - alpha_bar_t) / alpha_bar_t) at level t (int), a float."""
+    """Noise-to-signal ratio sqrt((1 - alpha_bar_t) / alpha_bar_t) at level t: sigma(0) is 0."""
     return math.sqrt(1 / ALPHA_BAR[t].item() - 1)
 
 
@@ -63,7 +61,8 @@ def predict_x0(xt, t, eps):
 def posterior(x0, xt, t, s):
     """Mean (B, 3, H, W) and variance (B or 1, 1, 1, 1) of q(x_s | x_t, x_0), levels 0 <= s < t.
 
-    Ho et al. 2020, Eq. 6-7 is the case s = t - 1; a larger gap is one stride of a shorter sampler.
+    It is what is known of the image at level s by somebody who knows it at level t and without
+    noise. Ho et al. 2020, Eq. 6-7 is the case s = t - 1; a larger gap is a stride of a sampler.
     """
     a_t, a_s = alpha_bar(t, xt), alpha_bar(s, xt)
     alpha = a_t / a_s                                      # the paper's alpha_t when s = t - 1
@@ -73,12 +72,12 @@ def posterior(x0, xt, t, s):
     return mean, var
 
 
-def ddim(x0, xt, t, s):
-    """The deterministic stride of Song et al. 2021 (Eq. 12, sigma 0), in the form of `posterior`:
-    the noise in x_t, less of it, in place of new noise."""
-    a = alpha_bar(t, xt)
-    eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
-    return q_sample(x0, s, eps), torch.zeros_like(a)
+def visited_levels(t_star, steps):
+    """The steps + 1 levels that a sampler of `steps` strides visits, evenly from t_star to 0:
+    visited_levels(100, 4) is [100, 75, 50, 25, 0]. Raises BadInput if there are none such."""
+    if not 1 <= steps <= t_star <= T:
+        raise BadInput(f"steps {steps}, t_star {t_star}: need 1 <= steps <= t_star <= {T}")
+    return [round(t_star * (steps - i) / steps) for i in range(steps + 1)]
 
 
 def ddpm_loss(net, x0, t, eps):
@@ -180,19 +179,21 @@ class UNet(nn.Module):
     """Predicts the noise eps in x_t: net(xt (B, 3, H, W), t int or (B,) in 1..T) -> (B, 3, H, W).
 
     H and W must be multiples of patch * 2 ** (len(mults) - 1). The defaults are the paper's
-    CIFAR-10 network (35.7 M parameters). `patch` > 1 folds patch x patch pixels into channels
-    first, which makes everything after it patch**2 times cheaper. It has learned, or will, the
-    noise levels 1..max_level.
+    CIFAR-10 network (35.7 M parameters). `patch` > 1 folds patch x patch pixels into channels, so
+    that all else is patch**2 times cheaper. It learns noise levels 1..max_level. Raises BadInput.
     """
 
     def __init__(self, width=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
                  patch=1, size=32, max_level=T):
         super().__init__()
+        if width < 4 or width % 2 or not 1 <= max_level <= T:
+            raise BadInput(f"width {width}, max_level {max_level}: expected an even width of 4 or "
+                           f"more, and a level of 1..{T}")
         self.config = dict(width=width, mults=tuple(mults), blocks=blocks, max_level=max_level,
                            attention=tuple(attention), dropout=dropout, patch=patch, size=size)
         self.width, self.patch = width, patch
         self.multiple = patch * 2 ** (len(mults) - 1)
-        self.max_level = range(T + 1)[max_level]
+        self.max_level = max_level
         c_time = 4 * width
         widths = [m * width for m in mults]
         attends = [size // patch // 2 ** i in attention for i in range(len(mults))]
@@ -212,7 +213,9 @@ class UNet(nn.Module):
                 skips.append(c_out)
             self.down_blocks.append(scale)
             c = c_out
-        self.mid_block = Scale([c, c], c, c_time, dropout, attention)
+        # the middle has attention if any resolution has, between its two blocks
+        self.mid_block = Scale([c, c], c, c_time, dropout, len(attention) > 0)
+        del self.mid_block.attentions[1:]
         for i, c_out in reversed(list(enumerate(widths))):  # and back
             widths_in = [h + skips.pop() for h in [c] + [c_out] * blocks]
             scale = Scale(widths_in, c_out, c_time, dropout, attends[i])
@@ -220,7 +223,6 @@ class UNet(nn.Module):
                 scale.upsamplers.append(Upsample(c_out))
             self.up_blocks.append(scale)
             c = c_out
-        del self.mid_block.attentions[1:]                  # between the two blocks only
         self.conv_norm_out = norm(c)
         self.conv_out = nn.Conv2d(c, 3 * patch ** 2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -264,17 +266,15 @@ def train_unet(net, images, *, levels, tilt, steps, batch_size, lr, ema_decay, s
 
     The weights are an exponential moving average. Learning rates warm up over 100 steps and fall
     along a half cosine. Every step draws from its own seed, so a run resumed from `unfinished`, a
-    file written every `checkpoint_seconds`, ends where an uninterrupted one does; and processes
-    share every batch, so their number does not matter.
+    file written every `checkpoint_seconds`, ends where an uninterrupted one does.
     """
     images = images.to(DEVICE)
     likely = (1 - ALPHA_BAR[1:levels + 1]) ** (tilt / 2)
-    trained = net.train().requires_grad_(True)
-    if PROCESSES > 1:                                      # it leaves the mean of all gradients
-        trained = torch.nn.parallel.DistributedDataParallel(net)
+    net.train().requires_grad_(True)
     average = copy.deepcopy(net)
     optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    parts, start, written = dict(net=net, average=average, optimizer=optimizer), 0, time.time()
+    parts = dict(net=net, average=average, optimizer=optimizer)
+    start, written = 0, time.monotonic()
     if unfinished.exists():
         saved = read(unfinished)
         start = saved.pop("step")
@@ -289,53 +289,27 @@ def train_unet(net, images, *, levels, tilt, steps, batch_size, lr, ema_decay, s
         x0 = torch.where(flipped.to(DEVICE), x0.flip(3), x0)
         t = 1 + torch.multinomial(likely, batch_size, replacement=True).to(DEVICE)
         x0, eps = on_device(x0), on_device(torch.randn_like(x0))
-        mine = slice(RANK, None, PROCESSES)
         with mixed_precision(DEVICE):
-            loss = ddpm_loss(trained, x0[mine], t[mine], eps[mine])
+            loss = ddpm_loss(net, x0, t, eps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))   # not an average with its own start
+        # the average forgets the random weights of its start: its decay grows with the steps
+        decay = min(ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
         report(step + 1, steps, loss=loss.detach())
-        if RANK == 0 and time.time() - written > checkpoint_seconds:
+        if time.monotonic() - written > checkpoint_seconds:
             states = {name: part.state_dict() for name, part in parts.items()}
             save(unfinished, states | dict(step=step + 1))
-            written = time.time()
+            written = time.monotonic()
     return dict(config=net.config | dict(max_level=levels), weights=average.state_dict())
 
 
-# -- The reverse process ---------------------------------------------------------------------------
-
-def visited_levels(t_star, steps):
-    """The steps + 1 levels that a sampler of `steps` strides visits, evenly from t_star to 0."""
-    if not 1 <= steps <= t_star <= T:
-        raise BadInput(f"steps {steps}, t_star {t_star}: need 1 <= steps <= t_star <= {T}")
-    return [round(t_star * (steps - i) / steps) for i in range(steps + 1)]
-
-
-def p_sample(net, xt, t, s, noise, stride=posterior):
-    """One stride of the reverse process, x_t -> x_s (Ho et al. 2020, Algorithm 2, x0 clipped), with
-    standard normal noise (B, 3, H, W), for ints 0 <= s < t; stride is `posterior` or `ddim`."""
-    x0 = predict_x0(xt, t, net(xt, t)).clamp(-1, 1)
-    mean, var = stride(x0, xt, t, s)
-    return mean + var.sqrt() * noise
-
-
-@torch.no_grad()
-def sample(net, xt, steps=T, t_star=T, stride=posterior):
-    """Images from noise xt (B, 3, H, W) at level t_star; strided where steps < t_star."""
-    visited = visited_levels(t_star, steps)
-    for t, s in zip(visited, visited[1:]):
-        xt = p_sample(net, xt, t, s, torch.randn_like(xt), stride)
-    return xt
-
-
-# -- Devices and seeds -----------------------------------------------------------------------------
+# -- Devices, bytes and seeds ----------------------------------------------------------------------
 
 def on_device(images_or_net):
-    """Images or a network on the device, laid out the way convolutions like them."""
+    """Images or a network on the device, laid out as convolutions like them."""
     return images_or_net.to(DEVICE, memory_format=torch.channels_last)
 
 
@@ -345,26 +319,31 @@ def mixed_precision(device):
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
+def as_bytes(images):
+    """Images in [0, 1] as 8 bits, rounded and clipped."""
+    return images.mul(255).round_().clamp_(0, 255).byte()
+
+
+def as_float(images):
+    return images / 255
+
+
 def seed_of(seed, place):
-    """A seed for what stands at a place, whoever else is at work, when and where."""
+    """A seed for what stands at a place, such as an image or a step, whatever else is drawn."""
     return (seed * 1_000_003 + place) % 2 ** 63
 
 
 # -- Checkpoints describe themselves: {"config": the constructor's arguments, "weights": state dict}
 
-class BadInput(ValueError):
-    """Something that a user gave cannot be used; the message, one line, says what was expected."""
-
-
 def said(error):
-    """What an exception says, in one line."""
+    """What an exception says, in one line: said(OSError("full")) is "full"."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 @contextmanager
 def whole(path):
     """Within, a path to write to, so that a reader sees the old file or the whole new one."""
-    partial = Path(path).with_name(f"{uuid4().hex}.tmp")
+    partial = Path(path).with_name(f"{os.getpid()}.tmp")
     try:
         yield partial
         os.replace(partial, path)
@@ -375,22 +354,20 @@ def whole(path):
 
 
 def save(path, checkpoint):
+    """torch.save to a file that is whole at any time. Raises OSError if it cannot be written."""
     with whole(path) as partial:
         torch.save(checkpoint, partial)
 
 
 def read(path):
-    """What torch.save wrote to a file, on the CPU, without running any code in it.
-
-    Raises BadInput if it is something else.
-    """
+    """What torch.save wrote to a file, on the CPU, without running any code in it. Raises BadInput
+    if it is something else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:                             # torch raises several kinds
-        why = said(error) if Path(path).suffix == ".safetensors" else type(error).__name__
-        raise BadInput(f"{path}: not a whole file of tensors ({why})") from None
+        raise BadInput(f"{path}: not a whole file of tensors ({type(error).__name__})") from None
 
 
 def fit_weights(path, net, weights):
@@ -406,60 +383,18 @@ def fit_weights(path, net, weights):
     net.load_state_dict(weights)
 
 
-def unfilled(path, architecture):
-    """The network that a checkpoint describes, its own weights to come; these weights; and whether
-    they are bare, as others release them, and so taken for those of the architecture's defaults."""
+def load(path, architecture=UNet):
+    """The network in a checkpoint of `train.py`, for evaluation. Raises BadInput, naming what
+    differs, if the file is something else."""
     checkpoint = read(path)
-    bare = not isinstance(checkpoint, dict) or "weights" not in checkpoint
-    if bare:
-        checkpoint = dict(config={}, weights=checkpoint)
-    weights = checkpoint["weights"]
+    weights = checkpoint.get("weights") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict):
-        raise BadInput(f"{path}: holds a {type(weights).__name__}, expected a state dict")
+        raise BadInput(f"{path}: not a checkpoint of train.py; of weights that others have "
+                       "released, `python -m studies.released` makes one")
     try:
         net = architecture(**checkpoint["config"])
     except Exception as error:                             # whatever a stranger's values lead to
         raise BadInput(f"{path}: not the configuration of a {architecture.__name__} "
                        f"({said(error)})") from None
-    return net, weights, bare
-
-
-# Released weights, of the library diffusers: what it calls the layers of attention today
-RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-# and its names of what this U-Net does, with its own defaults; shapes show the rest
-SETTINGS = {
-    "act_fn": ("silu", "silu"), "attention_head_dim": (None, 8), "freq_shift": (1, 0),
-    "center_input_sample": (False, False), "downsample_padding": (0, 1), "norm_eps": (1e-6, 1e-5),
-    "flip_sin_to_cos": (False, True), "mid_block_scale_factor": (1, 1),
-    "norm_num_groups": (32, 32), "resnet_time_scale_shift": ("default", "default"),
-    "time_embedding_type": ("positional", "positional")}
-
-
-def check_settings(path):
-    """Raise BadInput where the config.json beside released weights has other settings than this
-    U-Net, which the weights do not show. Where there is none, say what is assumed."""
-    beside = Path(path).with_name("config.json")
-    if not beside.exists():
-        print(f"{path}: no config.json beside it; assumed are the settings of ddpm-cifar10-32")
-        return
-    try:
-        config = json.loads(beside.read_text(encoding="utf-8"))
-        theirs = {name: config.get(name, default) for name, (_, default) in SETTINGS.items()}
-    except (ValueError, AttributeError) as error:
-        raise BadInput(f"{beside}: not a configuration ({said(error)})") from None
-    for name, (ours, _) in SETTINGS.items():
-        if theirs[name] != ours:
-            raise BadInput(f"{beside}: {name} is {theirs[name]}, expected {ours}")
-
-
-def load(path):
-    """The U-Net in a checkpoint of `train.py`, or in google/ddpm-cifar10-32 or another of its kind
-    (diffusion_pytorch_model.bin or .safetensors). Raises BadInput, naming what differs, if not."""
-    net, weights, released = unfilled(path, UNet)
-    if released:
-        for new, old in RENAMED.items():
-            weights = {str(key).replace(f".{new}.", f".{old}."): w for key, w in weights.items()}
     fit_weights(path, net, weights)
-    if released:
-        check_settings(path)
     return net.eval().requires_grad_(False)

@@ -11,9 +11,10 @@ import torch
 import le
 import unet
 from attacks import luma
-from le import (BATCH, BadInput, Progress, are_last, as_bytes, as_float, described, images_of,
-                read_arrays, seed_of, writes_last)
+from le import BATCH, Progress
 from train import hashes
+from unet import BadInput, as_bytes, as_float, seed_of
+from studies.files import are_last, described, images_of, read_arrays, writes_last
 
 # -- Images of any size ----------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ def purify_array(source, out, clean, seed, settings, save_every=30):
     key = hashes(dict(made=[arrays, seed, settings]))["made"]
     partial = out.with_name(f"{out.name}.{key[:8]}.partial")
     done = unet.read(partial) if partial.exists() else {}
-    written_at, report = time.time(), Progress("purify")
+    written_at, report = time.monotonic(), Progress("purify")
     total, place = sum(map(len, images.values())), 0
     for key, x in images.items():
         made = done.get(key, x[:0])
@@ -130,9 +131,9 @@ def purify_array(source, out, clean, seed, settings, save_every=30):
             seeds = [seed_of(seed, place + i + k) for k in range(len(batch))]
             done[key] = made = torch.cat([made, clean(batch, seeds)])
             report(place + len(made), total)
-            if time.time() - written_at > save_every:
+            if time.monotonic() - written_at > save_every:
                 unet.save(partial, done)
-                written_at = time.time()
+                written_at = time.monotonic()
         place += len(x)
     last = writes_last(source)
     made = {key: written(arrays[key], x, last) for key, x in done.items()}

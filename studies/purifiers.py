@@ -1,4 +1,5 @@
-"""Other ways to purify, for `studies.ablation` and `python -m studies.scenarios mend`.
+"""Other ways to purify: plain sampling (Ho et al. 2020), DDIM (Song et al. 2021), and others, for
+`studies.ablation` and `python -m studies.scenarios mend`.
 
 Only attacks, le and unet are imported, so that what these make is kept when the rest changes.
 """
@@ -7,10 +8,38 @@ from dataclasses import replace
 import torch
 
 import le
-import unet
 from attacks import publish
-from unet import on_device
+from unet import T, alpha_bar, on_device, posterior, predict_x0, q_sample, visited_levels
 
+
+# -- Sampling without conditions -------------------------------------------------------------------
+
+def p_sample(net, xt, t, s, noise, stride=posterior):
+    """One stride of the reverse process, x_t -> x_s (Ho et al. 2020, Algorithm 2, x0 clipped), with
+    standard normal noise (B, 3, H, W), for ints 0 <= s < t; stride is `posterior` or `ddim`."""
+    x0 = predict_x0(xt, t, net(xt, t)).clamp(-1, 1)
+    mean, var = stride(x0, xt, t, s)
+    return mean + var.sqrt() * noise
+
+
+@torch.no_grad()
+def sample(net, xt, steps=T, t_star=T, stride=posterior):
+    """Images from noise xt (B, 3, H, W) at level t_star; strided where steps < t_star."""
+    visited = visited_levels(t_star, steps)
+    for t, s in zip(visited, visited[1:]):
+        xt = p_sample(net, xt, t, s, torch.randn_like(xt), stride)
+    return xt
+
+
+def ddim(x0, xt, t, s):
+    """The deterministic stride of Song et al. 2021 (Eq. 12, sigma 0), in the form of `posterior`:
+    the noise in x_t, less of it, in place of new noise."""
+    a = alpha_bar(t, xt)
+    eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
+    return q_sample(x0, s, eps), torch.zeros_like(a)
+
+
+# -- Purifiers -------------------------------------------------------------------------------------
 
 def weighted(sampler, factor):
     """The sampler with `factor` times its weights."""
@@ -24,9 +53,9 @@ def deterministic(net, distance, images, sampler, seeds, report):
     x = 2 * images - 1
     for k in range(sampler.rounds):
         eps = torch.stack([torch.randn(x.shape[1:], generator=noise) for noise in noises])
-        xt, x0 = unet.q_sample(x, sampler.t_star, eps), []
+        xt, x0 = q_sample(x, sampler.t_star, eps), []
         for part in xt.split(le.BATCH):
-            made = unet.sample(net, on_device(part), sampler.steps, sampler.t_star, unet.ddim)
+            made = sample(net, on_device(part), sampler.steps, sampler.t_star, ddim)
             x0.append(made.cpu())
             done = k * len(xt) + min(le.BATCH * len(x0), len(xt))
             report(done, sampler.rounds * len(xt))
