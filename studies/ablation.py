@@ -156,7 +156,7 @@ def ablate(c, sets, name, only):
     for question, part in asked.items():
         if set(part) <= set(looks):
             path = c.run / f"ablation-{name}-{slug(question)}.png"
-            grid(path, [looks[label] for label in part], margin=260)
+            grid(path, [looks[label] for label in part])
     return dict(clean=clean.mean().item(), rows=list(rows.values()))
 
 

@@ -1,45 +1,89 @@
 """Pictures of images in rows, and plots, by Pillow.
 
 `grid` puts images beside one another, `plot` joins points by lines, and `plot_columns` and
-`plot_rows` draw a table of accuracies, such as a scenario's, in one of two ways.
+`plot_rows` draw a table of accuracies, such as a scenario's, in one of two ways. Letters are large
+enough for a projector, and margins are as wide as what is written in them.
 """
 import re
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from le import as_bytes
+from studies.labels import boxes_along, placed, square
 
 # Told apart by the colour-blind (Okabe & Ito)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 LINES = "#dddddd"
+FONT = ImageFont.load_default(size=20)
+LINE = 26                                                  # pixels from one line to the next
+EDGE = 8                                                   # and from what is written to the edge
 
 
 def blank(width, height):
     """A white picture, and what draws on it."""
-    canvas = Image.new("RGB", (width, height), "white")
+    canvas = Image.new("RGB", (round(width), round(height)), "white")
     return canvas, ImageDraw.Draw(canvas)
 
 
-def grid(path, rows, titles=(), zoom=2, margin=130, gap=4):
-    """A picture of rows of images of one size, (text, [(3, H, W), ...]) each, under titles."""
+def write(draw, place, text, fill="black", anchor="la"):
+    """Text, of one line or more; the anchor la means that its left top corner is at the place."""
+    align = "center" if anchor[0] == "m" else "left"
+    draw.text(place, text, fill=fill, font=FONT, anchor=anchor, align=align)
+
+
+def width_of(texts):
+    """Pixels that the longest line of some texts takes."""
+    lines = [line for text in texts for line in str(text).split("\n")]
+    return max((FONT.getlength(line) for line in lines), default=0)
+
+
+def height_of(texts):
+    """Pixels that the lines of the highest of some texts take."""
+    return LINE * max((str(text).count("\n") + 1 for text in texts), default=0)
+
+
+def wrapped(text, width):
+    """The text with as many words in a line as the width has room for."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and width_of([longer]) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def grid(path, rows, titles=(), notes=(), zoom=0, gap=4):
+    """A picture of rows of images of one size, (text, [(3, H, W), ...]) each, under titles; below
+    them rows of notes, (text, [text, ...]) each. Unless `zoom` says how many pixels become of one,
+    an image becomes about 96 pixels high."""
+    zoom = zoom or max(1, 96 // rows[0][1][0].shape[1])
     height, width = [zoom * side for side in rows[0][1][0].shape[1:]]
-    header = 16 if titles else 0
-    across = width + gap
-    down = height + gap
+    below = [note for _, row in notes for note in row]
+    across = max(width, width_of([*titles, *below]) + gap) + gap
+    down = max(height, LINE) + gap
     columns = max(len(images) for _, images in rows)
-    canvas, draw = blank(margin + columns * across, header + len(rows) * down + gap)
+    margin = width_of([text for text, _ in [*rows, *notes]]) + 3 * EDGE
+    header = height_of(titles) + gap
+    bottom = header + len(rows) * down + gap
+    canvas, draw = blank(margin + columns * across, bottom + len(notes) * LINE + EDGE)
     for j, title in enumerate(titles):
-        draw.text((margin + j * across, 2), title, fill="black")
+        write(draw, (margin + j * across, gap), title)
     for i, (text, images) in enumerate(rows):
-        top = header + gap + i * down
-        draw.text((6, top + height // 2 - 6), text, fill="black")
+        top = header + i * down
+        write(draw, (EDGE, top + height // 2), text, anchor="lm")
         for j, image in enumerate(images):
             pixels = as_bytes(image).permute(1, 2, 0)
             picture = Image.fromarray(pixels.numpy())
             picture = picture.resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (margin + j * across, top))
+            canvas.paste(picture, (round(margin + j * across), top))
+    for i, (text, row) in enumerate(notes):
+        write(draw, (EDGE, bottom + i * LINE), text)
+        for j, note in enumerate(row):
+            write(draw, (margin + j * across, bottom + i * LINE), note)
     canvas.save(path)
 
 
@@ -76,70 +120,83 @@ def draw_axes(draw, axes, marks):
         left = axes.place(axes.xs[0], y)
         right = axes.place(axes.xs[1], y)
         draw.line((*left, *right), fill=LINES)
-        draw.text((6, left[1] - 6), f"{y + 0.0:.4g}", fill="black")
+        write(draw, (left[0] - EDGE, left[1]), f"{y + 0.0:.4g}", anchor="rm")
     for x, text in marks.items():
         across, bottom = axes.place(x, axes.ys[0])
-        draw.text((across - 8, bottom + 6), text, fill="black")
-
-
-def overlap(a, b):
-    """Do two boxes (left, top, right, bottom) share a pixel?"""
-    begins = (a[:2] < b[2:]).all()
-    ends = (b[:2] < a[2:]).all()
-    return begins and ends
+        write(draw, (across, bottom + EDGE), text, anchor="ma")
 
 
 def draw_dot(draw, x, y, radius, colour):
     """A filled circle around the pixel (x, y)."""
-    corner = x - radius, y - radius
-    opposite = x + radius, y + radius
-    draw.ellipse((*corner, *opposite), fill=colour)
+    draw.ellipse(tuple(square(x, y, radius)), fill=colour)
 
 
-def draw_point(draw, axes, point, colour, taken):
-    """A dot with its spread, and its text where none of the boxes that are taken is."""
-    x, y, spread, text = point
-    top = axes.place(x, y + spread)
-    bottom = axes.place(x, y - spread)
-    draw.line((*bottom, *top), fill=colour)
-    x, y = axes.place(x, y)
-    draw_dot(draw, x, y, 3, colour)
-    left = x + 7
-    right = left + draw.textlength(text)
-    box = np.array([left, y - 6, right, y + 6])
-    while text and any(overlap(box, other) for other in taken):
-        box += (0, 12, 0, 12)                              # below the text that is there already
-    taken.append(box)
-    draw.text(tuple(box[:2]), text, fill=colour)
+def draw_label(draw, label, box, text, colour):
+    """The text in its box; a thin line leads to it where it is not beside its pixel (x, y)."""
+    x, y, _ = label
+    nearest = np.clip((x, y), box[:2], box[2:])
+    if np.abs(nearest - (x, y)).max() > 12:
+        draw.line((x, y, *nearest), fill=colour)
+    write(draw, (box[0], (box[1] + box[3]) / 2), text, colour, "lm")
 
 
-def plot(series, x_label, y_label, y_range, marks=None, size=(900, 520)):
+def draw_series(draw, axes, points, colour):
+    """Points joined by lines, a dot with its spread each. What these take, as boxes."""
+    taken = []
+    places = [axes.place(x, y) for x, y, *_ in points]
+    lines = list(zip(places, places[1:]))
+    for x, y, spread, _ in points:
+        bottom = axes.place(x, y - spread)
+        top = axes.place(x, y + spread)
+        lines.append((bottom, top))
+    for start, end in lines:
+        draw.line((*start, *end), fill=colour, width=2)
+        taken += boxes_along(start, end)
+    for place in places:
+        draw_dot(draw, *place, 4, colour)
+        taken.append(square(*place, 10))
+    return taken
+
+
+def draw_names(draw, names, left, top):
+    """What each colour is, a line each."""
+    for i, name in enumerate(names):
+        write(draw, (left, top + LINE * i), name, COLOURS[i % len(COLOURS)])
+
+
+def plot(series, x_label, y_label, y_range, marks=None, size=(1000, 600)):
     """A picture of series (name, [(x, y, spread of y, text), ...]), their points joined by lines.
     Marks of the x axis are {x: text}, by default round numbers."""
     canvas, draw = blank(*size)
     width, height = size
-    left = 50
-    right = width - 190                                    # beside it are the names
-    top = 30
-    bottom = height - 50
-    xs = []
-    for _, points in series:
-        xs += [x for x, *_ in points]
+    title = wrapped(y_label, width - 2 * EDGE)
+    names = [name for name, _ in series]
+    top = height_of([title]) + 3 * EDGE
+    bottom = height - 2 * LINE - 3 * EDGE
+    left = width_of([f"{y + 0.0:.4g}" for y in round_steps(*y_range)]) + 3 * EDGE
+    right = width - width_of(names) - 6 * EDGE             # beside it are the names
+    xs = [x for _, points in series for x, *_ in points]
     low = min(xs)
     high = max(max(xs), low + 1e-9)
     axes = Axes((low, high), y_range, (left, right), (bottom, top))
     if marks is None:
         marks = {x: f"{x:.4g}" for x in round_steps(low, high)}
     draw_axes(draw, axes, marks)
-    draw.text((left, height - 20), x_label, fill="black")
-    draw.text((6, 6), y_label, fill="black")
-    taken = []
-    for i, (name, points) in enumerate(series):
+    write(draw, (left, height - LINE - EDGE), x_label)
+    write(draw, (EDGE, EDGE), title)
+    draw_names(draw, names, right + 4 * EDGE, top)
+    taken = [np.array([right + 3 * EDGE, top, width, top + height_of(["\n".join(names)])])]
+    labels = []
+    texts = []
+    for i, (_, points) in enumerate(series):
         colour = COLOURS[i % len(COLOURS)]
-        draw.text((right + 20, top + 16 * i), name, fill=colour)
-        draw.line([axes.place(x, y) for x, y, *_ in points], fill=colour, width=2)
-        for point in points:
-            draw_point(draw, axes, point, colour, taken)
+        taken += draw_series(draw, axes, points, colour)
+        for x, y, _, text in points:
+            if text:
+                labels.append((*axes.place(x, y), width_of([text])))
+                texts.append((text, colour))
+    for label, text, box in zip(labels, texts, placed(labels, taken, size)):
+        draw_label(draw, label, box, *text)
     return canvas
 
 
@@ -169,18 +226,15 @@ def plot_columns(rows, title, size=(900, 520)):
     return plot(series, first, title, (0, 100), marks, size)
 
 
-def draw_row_axes(draw, axes, rows, names, right):
-    """A line at each fifth of 100 %, and what each row and each colour is."""
+def draw_row_axes(draw, axes, rows):
+    """A line at each fifth of 100 %, and what each row is."""
     for accuracy in range(0, 101, 20):
-        x, _ = axes.place(accuracy, 0)
-        draw.line((x, 40, x, 60 + 24 * len(rows)), fill=LINES)
-        draw.text((x - 6, 24), str(accuracy), fill="black")
+        x, top = axes.place(accuracy, 0)
+        draw.line((x, top - LINE, x, axes.down[1]), fill=LINES)
+        write(draw, (x, top - LINE), str(accuracy), anchor="md")
     for i, row in enumerate(rows):
-        name = next(iter(row.values()))
-        draw.text((6, 44 + 24 * i), str(name), fill="black")
-    for j, name in enumerate(names):
-        colour = COLOURS[j % len(COLOURS)]
-        draw.text((right + 30, 44 + 24 * j), name, fill=colour)
+        _, y = axes.place(0, i)
+        write(draw, (EDGE, y), str(next(iter(row.values()))), anchor="lm")
 
 
 def draw_accuracy(draw, axes, place, accuracy, colour):
@@ -190,18 +244,24 @@ def draw_accuracy(draw, axes, place, accuracy, colour):
     low, _ = axes.place(mean - spread, place)
     high, _ = axes.place(mean + spread, place)
     draw.line((low, y, high, y), fill=colour, width=2)
-    draw_dot(draw, x, y, 4, colour)
+    draw_dot(draw, x, y, 5, colour)
 
 
-def plot_rows(rows, title, left=180, right=720):
-    """The same where rows have names: a line of dots for each row, in a colour for each column."""
+def plot_rows(rows, title, length=560, step=34):
+    """The same where rows have names: a line of dots for each row, in a colour for each column.
+    Pixels: `length` of 100 %, `step` from row to row."""
     _, columns = with_accuracies(rows)
-    most = max(len(rows), len(columns))
-    canvas, draw = blank(right + 180, 60 + 24 * most)
-    bottom = 50 + 24 * len(rows)
-    axes = Axes((0, 100), (0, len(rows)), (left, right), (50, bottom))
-    draw.text((6, 6), title, fill="black")
-    draw_row_axes(draw, axes, rows, columns, right)
+    left = width_of([next(iter(row.values())) for row in rows]) + 4 * EDGE
+    right = left + length
+    width = right + width_of(columns) + 7 * EDGE
+    title = wrapped(title, width - 2 * EDGE)
+    top = height_of([title]) + 2 * LINE + 3 * EDGE
+    bottom = top + step * len(rows)
+    canvas, draw = blank(width, max(bottom, top + LINE * len(columns)))
+    axes = Axes((0, 100), (0, len(rows)), (left, right), (top, bottom))
+    write(draw, (EDGE, EDGE), title)
+    draw_row_axes(draw, axes, rows)
+    draw_names(draw, columns, right + 5 * EDGE, top - LINE / 2)
     for j, column in enumerate(columns):
         colour = COLOURS[j % len(COLOURS)]
         for i, row in enumerate(rows):

@@ -4,7 +4,7 @@
     python -m studies.pictures forward     the noise drowns the perturbation before the picture
 
 overview     original, UE, noise x16 and LE of each class; of others by --protections targeted
-forward      an image and its UE at levels 0, 10, 36, 100, ..., and their difference x16
+forward      a UE at levels 0, 10, 36, 100, ...; what is left without the picture; the noise alone
 strip        a UE on its way to an LE: x_t at every level that the sampler visits
 curves       loss of classifiers and of SimCLR, by epoch, on clean images, UEs and LEs
 confusion    what classifiers trained on clean images, UEs and LEs take clean images for
@@ -54,22 +54,40 @@ def overview(c, sets, classes, path):
     grid(path, train.side_by_side(sets, shown), titles)
 
 
-def forward(c, sets, classes, path, levels=(0, 10, 36, 100, 300, 1000)):
-    """The same noise on an image and on its UE: what differs between them is soon nothing beside
-    it, and what they show is not."""
+def rms(x):
+    """Root mean square."""
+    return x.square().mean().sqrt().item()
+
+
+def forward_rows(original, ue, eps, t):
+    """What noise eps (3, H, W) of level t makes of a UE: the noisy UE; what is left of it without
+    the original, which is perturbation and noise; and the noise alone. All in pixels of [0, 1]."""
+    noisy = unet.q_sample(ue[None] * 2 - 1, t, eps[None])[0]
+    picture = unet.ALPHA_BAR[t].sqrt().item() * (original * 2 - 1)
+    noise = (1 - unet.ALPHA_BAR[t]).sqrt().item() * eps
+    return noisy / 2 + 0.5, (noisy - picture) / 2, noise / 2
+
+
+def forward(c, sets, classes, path, levels=(0, 10, 36, 100, 300, 1000), scale=3):
+    """Noise on a UE: at level 10 one sees the perturbation in it, at level 36 hardly, and at level
+    100, where the picture can still be seen, no longer. Two rows have one scale."""
     name = c.protections[0]
-    original = sets["protected"][0][:3][-1:]               # the third, where there are three
-    ue = train.protect(c, name, sets)[:3][-1:]
-    generator = torch.Generator().manual_seed(c.seed)
-    eps = torch.randn(original.shape, generator=generator)
-    rows = {"original": [], f"{name} UE": [], "difference x16": []}
+    original = sets["protected"][0][:3][-1]                # the third, where there are three
+    ue = train.protect(c, name, sets)[:3][-1]
+    eps = torch.randn(original.shape, generator=torch.Generator().manual_seed(c.seed))
+    rows = {f"{name} UE and noise": [], f"without the picture, x{scale}": [],
+            f"the noise alone, x{scale}": []}
+    sizes = {"rms of the picture": [], "of the perturbation": [], "of the noise": []}
     for t in levels:
-        noisy = unet.q_sample(original * 2 - 1, t, eps) / 2 + 0.5
-        noisy_ue = unet.q_sample(ue * 2 - 1, t, eps) / 2 + 0.5
-        rows["original"] += noisy
-        rows[f"{name} UE"] += noisy_ue
-        rows["difference x16"] += 0.5 + 16 * (noisy_ue - noisy)
-    grid(path, list(rows.items()), [f"t = {t}" for t in levels], zoom=3)
+        noisy, left, noise = forward_rows(original, ue, eps, t)
+        for row, image in zip(rows.values(), (noisy, 0.5 + scale * left, 0.5 + scale * noise)):
+            row.append(image)
+        kept = unet.ALPHA_BAR[t].sqrt().item()
+        parts = kept * (original - original.mean((1, 2), keepdim=True)), left - noise, noise
+        for row, part in zip(sizes.values(), parts):
+            row.append(f"{rms(part):.3f}")
+    titles = [f"level {t}" for t in levels]
+    grid(path, list(rows.items()), titles, list(sizes.items()), zoom=4)
 
 
 def normal_like(x, generator):
@@ -156,8 +174,8 @@ def neighbours(c, sets, classes, path, count=4):
             row += [image, *known[nearest], torch.ones_like(image)]
         rows.append((f"by SimCLR on {name}", row))
     if rows:
-        titles = ["test image", "its neighbours"] + [""] * count
-        grid(path, rows, 3 * titles, margin=170)
+        titles = ["test\nimage", "nearest"] + [""] * count
+        grid(path, rows, 3 * titles)
 
 
 QUESTIONS = {"worth": "what LEs add to n images of one's own: accuracy, %",

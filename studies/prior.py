@@ -112,5 +112,5 @@ def shift(c, sets, count, protection="em-sample"):
         row, learnable = row_of(c, "shift", key, own, distance, judged, ue, protection, count)
         rows.append({"the U-Net has seen": what} | row)
         looks.append((f"LE, {what}", learnable[places]))
-    grid(c.run / "shift-images.png", looks, margin=200)
+    grid(c.run / "shift-images.png", looks)
     return rows
