@@ -22,8 +22,7 @@ import attacks
 import le
 import train
 import unet
-from le import as_bytes, as_float
-from unet import BadInput, on_device
+from unet import BadInput, as_bytes, as_float, on_device
 from studies.drawing import grid, plot
 from studies.purifiers import deterministic, weighted
 from studies.run import (chosen, compared_otherwise, networks, only_one, opened, parser_of,
@@ -123,7 +122,7 @@ def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):
     accuracies = spread(c, train.kind_of(c, name), key, made, sets)
     lost = clean - accuracies if lost is None else lost    # the first row: nothing is done
     row = dict(countermeasure=label, accuracy=accuracies.mean().item(),
-               spread=accuracies.std().item(), psnr=train.psnr(made, originals),
+               spread=accuracies.std().item(), psnr=psnr(made, originals),
                evaluations=evaluations)
     if lost.mean() > 1:                                    # as in the story's table
         row["recovery"] = (1 - (clean - accuracies) / lost).mean().item()
@@ -138,7 +137,7 @@ def row_of(c, sets, net, distance, name, label, sampler, ue, clean, lost):
 def ablate(c, sets, name, only):
     """The rows of the table for a protection; writes the picture of each question."""
     originals, labels = sets["protected"]
-    places, kind = train.first_of_each(labels, 6), train.kind_of(c, name)
+    places, kind = first_of_each(labels, 6), train.kind_of(c, name)
     ue = train.protect(c, name, sets)
     asked = questions(le.Sampler(**c.sampler))
     every = {label: sampler for part in asked.values() for label, sampler in part.items()}

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import le
 import train
 from attacks import PROTECTIONS, fit
-from le import DEVICE, Sampler
-from unet import on_device
+from le import Sampler
+from unet import DEVICE, on_device
 from studies.run import networks, opened, parser_of
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from le import as_bytes
+from unet import as_bytes
 from studies.labels import boxes_along, placed, square
 
 # Told apart by the colour-blind (Okabe & Ito)

@@ -23,8 +23,29 @@ import train
 import unet
 from unet import on_device
 from studies.drawing import beside, grid, plot, plot_columns
-from studies.protections import register
 from studies.run import network_of, networks, opened, parser_of, versions
+
+
+def first_of_each(labels, most=10):
+    """Where the first image of each class is, for at most so many classes."""
+    return [(labels == k).nonzero()[0, 0].item() for k in labels.unique()][:most]
+
+
+def of_each_class(sets, images):
+    """The first of each class among the protected images, or UEs or LEs of them."""
+    return images[first_of_each(sets["protected"][1])]
+
+
+def side_by_side(sets, pictures):
+    """[(what, images (K, 3, H, W))]: the original of each class; then, of each protection in
+    {name: (UEs, LEs)}, the UEs, their noise x16, and the LEs."""
+    originals = of_each_class(sets, sets["protected"][0])
+    rows = [("original", originals)]
+    for name, (ue, le) in pictures.items():
+        rows.append((f"{name} UE", ue))
+        rows.append(("its noise x16", 0.5 + 16 * (ue - originals)))
+        rows.append((f"{name} LE", le))
+    return rows
 
 
 def against(c, kind):
@@ -48,10 +69,10 @@ def overview(c, sets, classes, path):
     shown = {}
     for name in c.protections:
         found = versions(c, name, sets)
-        shown[name] = tuple(train.of_each_class(sets, found[what]) for what in ("UE", "LE"))
-    labels = train.of_each_class(sets, sets["protected"][1])
+        shown[name] = tuple(of_each_class(sets, found[what]) for what in ("UE", "LE"))
+    labels = of_each_class(sets, sets["protected"][1])
     titles = [str(classes[k])[:10] for k in labels]
-    grid(path, train.side_by_side(sets, shown), titles)
+    grid(path, side_by_side(sets, shown), titles)
 
 
 def rms(x):
@@ -124,7 +145,8 @@ def curves(c, sets, classes, path):
 def draw_curves(c, sets, kind, path, title):
     series = []
     for name, images in versions_of(c, sets, against(c, kind)).items():
-        _, losses = train.trained(c, kind, name, images, sets)
+        victim = train.victim_in(c, kind, sets)
+        _, losses = train.fitted(c, f"{kind}-{name}", victim, images, sets)
         series.append((name, [(i, loss, 0, "") for i, loss in enumerate(losses, 1)]))
     if series:
         values = [loss for _, points in series for _, loss, *_ in points]
@@ -163,7 +185,7 @@ def neighbours(c, sets, classes, path, count=4):
     known, _ = sets["unprotected"]
     count = min(count, len(known))
     test, labels = sets[c.evaluate]
-    asked = test[train.first_of_each(labels, 3)]
+    asked = test[first_of_each(labels, 3)]
     rows = []
     names = against(c, "simclr")[:1]
     for name, version in versions_of(c, sets, names).items():
@@ -200,7 +222,6 @@ PICTURES = dict(overview=overview, forward=forward, strip=strip, curves=curves, 
 
 
 def main(argv=None):
-    register()
     parser = parser_of("pictures", __doc__)
     parser.add_argument("picture", choices=("all", *PICTURES))
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -70,7 +70,7 @@ def noises(c, sets, what, known, epsilon, count):
         other, name = of_seed(c, f"owner-{epsilon:g}-{slug(what)}", k)
         made = train.cached(other, name, published, protection=make, images=on_device(images),
                             labels=labels, victim=victim, seed=other.seed, **how)
-        ues.append(le.as_float(made["images"]))
+        ues.append(as_float(made["images"]))
     return ues
 
 

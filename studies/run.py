@@ -8,7 +8,8 @@ import torch
 
 import le
 import train
-from unet import BadInput
+from unet import BadInput, as_float, seed_of
+from studies import own, protections, rotation
 
 
 def parser_of(name, doc):
@@ -22,16 +23,22 @@ def parser_of(name, doc):
 def opened(parser, argv, alone=()):
     """The study's own options, the run's configuration, its sets and class names. Only the studies
     named in `alone` do without a run."""
+    register()
     with le.one_line_errors(parser.prog):
         options, others = parser.parse_known_args(argv)
-        _, _, c = train.parse(others)
-        if not (c.run / "ddpm.pt").exists() and getattr(options, "name", "") not in alone:
-            raise BadInput(f"{c.run}: no run yet; first `python train.py` with the same options")
-        data = train.load_data(c)
-        if data[0]["protected"][0] is None:
-            raise BadInput(f"--data {c.data}: studies need the originals of the protected images")
-        train.claim(c)
-        yield options, c, *data
+        with own.entries(others) as arguments:
+            _, c = train.parse(arguments)
+            if not (c.run / "ddpm.pt").exists() and getattr(options, "name", "") not in alone:
+                raise BadInput(f"{c.run}: no run yet; first `python train.py` with the same "
+                               "options")
+            train.claim(c)
+            yield options, c, *train.load_data(c)
+
+
+def register():
+    """Let options name the protections and victims of the studies."""
+    protections.register()
+    rotation.register()
 
 
 def networks(c, sets, perceptual=False):
@@ -51,9 +58,10 @@ def versions(c, name, sets):
 
 def repaired(c, key, net, distance, ue, sampler, purifier=le.purify):
     """LEs by another U-Net, sampler or purifier than the run's."""
-    made = train.cached(c, key, le.divided, purifier=purifier, net=net, distance=distance,
-                        images=ue, sampler=sampler, seed=c.seed)
-    return le.as_float(made["images"])
+    seeds = [seed_of(c.seed, place) for place in range(len(ue))]
+    made = train.cached(c, key, purifier, net=net, distance=distance, images=ue, sampler=sampler,
+                        seeds=seeds)
+    return as_float(made["images"])
 
 
 def compared_otherwise(sampler):
@@ -81,7 +89,8 @@ def of_seed(c, name, k):
 def network_of(c, kind, name, images, sets, k=0):
     """The network of a victim of the k-th seed."""
     other, numbered = of_seed(c, name, k)
-    return train.trained(other, kind, numbered, images, sets)[0]
+    victim = train.victim_in(other, kind, sets)
+    return train.fitted(other, f"{kind}-{numbered}", victim, images, sets)[0]
 
 
 def spread(c, kind, name, images, sets, victims=3):
@@ -99,12 +108,12 @@ def spread_over(c, kind, name, variants, sets, victims):
     return torch.tensor(accuracies)
 
 
-def judged(c, key, victim, training, images, sets, victims=3):
-    """`spread` of a victim that is no entry of VICTIMS, with settings of its training."""
+def judged(c, key, victim, images, sets, victims=3):
+    """`spread` of a victim that is no entry of VICTIMS."""
     accuracies = []
     for k in range(victims):
         other, numbered = of_seed(c, key, k)
-        net, _ = train.fitted(other, numbered, victim, training, images, sets)
+        net, _ = train.fitted(other, numbered, victim, images, sets)
         accuracies.append(train.score_of(c, victim, net, sets))
     return torch.tensor(accuracies)
 

@@ -34,12 +34,11 @@ import torch
 
 import le
 import train
-from le import BadInput
-from studies.answers import mean, owner, reply, victims
+from unet import BadInput
+from studies.replies import mean, owner, reply, victims
 from studies.contrastive import code, longer
 from studies.drawing import plot_columns, plot_rows
 from studies.prior import counts_up_to, few, prior, shift
-from studies.protections import register
 from studies.run import (accuracies_on, network_of, networks, only_one, opened, parser_of,
                          repaired, shown, slug, spread, versions)
 from studies.untuned import mend, others
@@ -51,7 +50,7 @@ def cross(c, sets, count):
     """Each protection before a victim that it was not made against, --victim or another."""
     rows = []
     for name in c.protections:
-        kind = c.victim or OTHER.get(train.made_against(name), "classifier")
+        kind = c.victim or OTHER.get(train.PROTECTIONS[name].victim, "classifier")
         found = versions(c, name, sets)
         rows.append({"protection": name, "victim": kind}
                     | accuracies_on(c, kind, name, found, sets, count))
@@ -193,7 +192,6 @@ def ask(name, c, sets, victims):
 
 
 def main(argv=None):
-    register()
     parser = parser_of("scenarios", __doc__)
     parser.add_argument("name", choices=[*SCENARIOS, "all"])
     parser.add_argument("--victims", type=int, default=3, help="default 3")
