@@ -22,8 +22,10 @@ import attacks
 import le
 import train
 import unet
+from perceptual import psnr
 from unet import BadInput, as_bytes, as_float, on_device
 from studies.drawing import grid, plot
+from studies.pictures import first_of_each
 from studies.purifiers import deterministic, weighted
 from studies.run import (chosen, compared_otherwise, networks, only_one, opened, parser_of,
                          repaired, slug, spread)
@@ -192,7 +194,7 @@ def main(argv=None):
     with opened(parser, argv) as (options, c, sets, _):
         c.evaluate = "validation"                          # what is chosen by looking at it
         name = options.protection or only_one(c, "em-sample")
-        if name == "published" and name not in sets:
+        if name not in train.PROTECTIONS:
             raise BadInput("--protection published: expected --published beside it")
         result = ablate(c, sets, name, options.only)
         print(f"\n{name}, clean {result['clean']:.1f}\n\n{table(result)}")

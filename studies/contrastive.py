@@ -46,7 +46,7 @@ def code(c, sets, count):
         victim, row = reading(c, sets, view), {"views": name}
         for what, x in coded(c, sets).items():
             key = f"code-{name}-{slug(what)}"
-            accuracies = judged(c, key, victim, train.training_of(c, "simclr"), x, sets, count)
+            accuracies = judged(c, key, victim, x, sets, count)
             row[what] = shown(accuracies)
         rows.append(row)
     return rows
@@ -57,7 +57,7 @@ def longer(c, sets, count, protection="cp-class"):
     after the views is what any noise of a class can take at most."""
     c.evaluate = "validation"
     images = {"clean": sets["protected"][0], "UE": train.protect(c, protection, sets)}
-    bound, victim = coded(c, sets)["code after"], reading(c, sets, VIEWS[c.simclr["view"]])
+    bound = coded(c, sets)["code after"]
     rows = []
     for epochs in (30, 120):
         c.simclr["epochs"] = min(epochs, c.limit or epochs)
@@ -65,7 +65,7 @@ def longer(c, sets, count, protection="cp-class"):
         for what, x in images.items():
             key = f"longer-{epochs}-{what.lower()}"
             row[what] = shown(spread(c, "simclr", key, x, sets, count))
-        row["code after"] = shown(judged(c, f"longer-{epochs}-code", victim,
-                                         train.training_of(c, "simclr"), bound, sets, count))
+        victim = reading(c, sets, VIEWS[c.simclr["view"]])
+        row["code after"] = shown(judged(c, f"longer-{epochs}-code", victim, bound, sets, count))
         rows.append(row)
     return rows

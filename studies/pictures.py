@@ -126,10 +126,9 @@ def strip(c, sets, classes, path):
         ue = train.protect(c, name, sets)[:3][-1]
         y = on_device(ue[None] * 2 - 1)
         draw = partial(normal_like, y, torch.Generator().manual_seed(c.seed))
-        trace = []
         with torch.no_grad():
-            made = le.denoise(net, distance, y, sampler, draw, trace)
-        way = [xt[0].cpu() / 2 + 0.5 for xt in [*trace[-sampler.steps:], made]]
+            way = list(le.denoise(net, distance, y, sampler, draw))[-sampler.steps - 1:]
+        way = [xt[0].cpu() / 2 + 0.5 for xt in way]
         rows.append((name, [original, ue, *way]))
     grid(path, rows, ["original", "UE", *(f"t = {t}" for t in visited), "LE"])
 

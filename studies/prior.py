@@ -3,7 +3,6 @@
 The perceptual distance is the run's, so it has seen all unprotected images and their labels; the
 U-Net needs no labels.
 """
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,10 @@ import torch
 import le
 import train
 import unet
+from perceptual import psnr
+from unet import on_device
 from studies.drawing import grid
+from studies.pictures import first_of_each
 from studies.run import networks, repaired, shown, slug, spread
 
 
@@ -28,6 +30,7 @@ def counts_up_to(most):
     return [n for n in (64, 256, 1024) if n < most] + [most]
 
 
+@torch.no_grad()
 def predicted_x0(xt, net, t):
     return unet.predict_x0(xt, t, net(xt, t)).clamp(-1, 1)
 
@@ -39,8 +42,8 @@ def denoising_psnr(net, images, sampler):
         generator = torch.Generator().manual_seed(t)
         eps = torch.randn(images.shape, generator=generator)
         xt = unet.q_sample(2 * images - 1, t, eps)
-        x0 = train.in_parts(partial(predicted_x0, net=net, t=t), xt)
-        found.append(train.psnr(x0 / 2 + 0.5, images))
+        x0 = torch.cat([predicted_x0(on_device(part), net, t).cpu() for part in xt.split(500)])
+        found.append(psnr(x0 / 2 + 0.5, images))
     return sum(found) / len(found)
 
 
@@ -83,7 +86,7 @@ def foreign(c, n):
         return {"shapes": train.shapes(n, c.seed, c.size)[0]}
     if Path(c.root).exists():
         return {"photographs": train.cifar10(c.root)[0][0][:n]}
-    print(f"photographs are left out: expected {train.CIFAR10[0]} at {c.root}")
+    print(f"photographs are left out: expected {train.CIFAR10} at {c.root}")
     return {}
 
 
@@ -101,7 +104,7 @@ def shift(c, sets, count, protection="em-sample"):
     ue = train.protect(c, protection, sets)[sets["protected"][1] < half]
     judged = {name: (x[y < half], y[y < half]) for name, (x, y) in sets.items()}
     originals, answers = judged["protected"]
-    places = train.first_of_each(answers, 5)
+    places = first_of_each(answers, 5)
     looks = [
         ("original", originals[places]),
         ("UE", ue[places])]

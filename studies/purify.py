@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 
 import le
-import perceptual
 import unet
-from le import ARRAYS, BATCH, BadInput, Progress, Sampler, as_bytes, open_image
+from le import BATCH, Progress, Sampler
+from unet import BadInput, as_bytes, on_device
+from studies import released
 from studies.arrays import purify_any, purify_array
-from unet import on_device
+from studies.files import ARRAYS, IMAGES, image_files, open_image, pixels_of
 
 
 # -- Folders ---------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ from unet import on_device
 def pairs(source, out):
     """(image file, where its LE goes) for every image under a folder; says what is left out."""
     found = {}
-    images, left_out = le.image_files(source)
+    images, left_out = image_files(source)
     for file in images:
         name = file.name if file.suffix == ".png" else f"{file.name}.png"
         target = (out / file.relative_to(source)).with_name(name)
@@ -45,7 +46,7 @@ def pairs(source, out):
         print(f"{len(left_out)} that are not images, or links to folders, are left out: "
               f"{', '.join(map(str, left_out[:3]))}{' ...' * (len(left_out) > 3)}")
     if not found:
-        raise BadInput(f"{source}: no images; expected {', '.join(le.IMAGES)}")
+        raise BadInput(f"{source}: no images; expected {', '.join(IMAGES)}")
     return sorted((file, target) for target, file in found.items())
 
 
@@ -99,7 +100,7 @@ def purify_group(group, clean, seed):
     """Purify (file, target, image) triples of one size."""
     # neither the order nor a restart changes an image's noise
     seeds = [zlib.crc32(f"{seed} ".encode() + os.fsencode(file.name)) for file, _, _ in group]
-    made = clean(torch.stack([le.pixels_of(image) for _, _, image in group]), seeds)
+    made = clean(torch.stack([pixels_of(image) for _, _, image in group]), seeds)
     for (_, target, image), pixels in zip(group, made):
         target.parent.mkdir(parents=True, exist_ok=True)
         profile = image.info.get("icc_profile")
@@ -137,7 +138,7 @@ def check(options, sampler):
     fits = not out.is_file()
     if source.is_file():
         array = source.suffix in ARRAYS
-        image = source.suffix.lower() in le.IMAGES
+        image = source.suffix.lower() in IMAGES
         fits = not out.is_dir() and (array and out.suffix == source.suffix or
                                      image and out.suffix == ".png")
     if not fits:
@@ -146,7 +147,7 @@ def check(options, sampler):
     if not 0 <= options.seed < 2 ** 31:
         raise BadInput(f"--seed {options.seed}: expected a number from 0 to 2 ** 31")
     if not options.unet:
-        raise BadInput("--unet is missing; `python train.py ddpm --data FOLDER`, your own "
+        raise BadInput("--unet is missing; `python -m studies.own ddpm --data FOLDER`, your own "
                        "unprotected images in folders, makes one in runs/FOLDER")
     if sampler.perceptual_weight and not options.perceptual:
         raise BadInput("--perceptual is missing: the vgg.pt of a run, or VGG-16's weights; "
@@ -161,11 +162,11 @@ def main(argv=None):
         sampler = replace(le.SAMPLERS[options.sampler], **given)
         check(options, sampler)
         if options.download:
-            le.download(perceptual.VGG16, options.perceptual)
-            le.download(perceptual.LPIPS, options.lpips)
-        net, distance = on_device(unet.load(options.unet)), None
+            released.download(released.VGG16, options.perceptual)
+            released.download(released.LPIPS, options.lpips)
+        net, distance = on_device(released.any_unet(options.unet)), None
         if sampler.perceptual_weight:
-            distance = on_device(perceptual.load(options.perceptual, options.lpips))
+            distance = on_device(released.any_distance(options.perceptual, options.lpips))
         folder = options.out if options.source.is_dir() else options.out.parent
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()         # look before the work

@@ -6,8 +6,9 @@ import torch
 
 import le
 import train
-from attacks import PROTECTIONS, publish, published
-from unet import on_device
+from attacks import PROTECTIONS, publish
+from perceptual import psnr
+from unet import DEVICE, as_float, on_device
 from studies.opponents import contrastive, encoder, through_the_sampler
 from studies.prior import foreign, prior
 from studies.run import (accuracies_on, by_sampler, compared_otherwise, judged, networks, of_seed,
@@ -17,19 +18,18 @@ from studies.run import (accuracies_on, by_sampler, compared_otherwise, judged, 
 # -- Victims that the protection did not expect ----------------------------------------------------
 
 def opponents(c, sets):
-    """{name: (kind, victim, settings of its training)}. Transformers take time, small steps."""
+    """{name: (kind, victim)}. Transformers take time, small steps."""
     classifier = train.victim_in(c, "classifier", sets)
     simclr = train.victim_in(c, "simclr", sets)
     config = classifier.config | dict(size=c.size, kind="plain")
     plain = replace(classifier, network=encoder, config=config)
     transformer = replace(plain, config=config | dict(kind="transformer"))
     probed = replace(simclr, network=contrastive, config=config)
-    patient = train.training_of(c, "classifier")
-    patient |= dict(epochs=2 * patient["epochs"], lr=0.05)
+    patient = plain.training | dict(epochs=2 * plain.training["epochs"], lr=0.05)
     return {
-        "plain network": ("classifier", plain, train.training_of(c, "classifier")),
-        "transformer": ("classifier", transformer, patient),
-        "SimCLR, plain network": ("simclr", probed, train.training_of(c, "simclr"))}
+        "plain network": ("classifier", plain),
+        "transformer": ("classifier", replace(transformer, training=patient)),
+        "SimCLR, plain network": ("simclr", probed)}
 
 
 def victims(c, sets, count):
@@ -41,14 +41,14 @@ def victims(c, sets, count):
         kind = train.kind_of(c, name)
         surrogate = accuracies_on(c, kind, name, found, sets, count)
         rows.append({"victim": f"ResNet, {name}"} | surrogate)
-        for other, (learns, victim, training) in opponents(c, sets).items():
+        for other, (learns, victim) in opponents(c, sets).items():
             if learns != kind:
                 continue
             row = {"victim": f"{other}, {name}"}
             for what, images in found.items():
                 version = what if what == "clean" else f"{name}-{what.lower()}"
                 key = f"victims-{slug(other)}-{version}"
-                row[what] = shown(judged(c, key, victim, training, images, sets, count))
+                row[what] = shown(judged(c, key, victim, images, sets, count))
             rows.append(row)
     return rows
 
@@ -64,12 +64,12 @@ def noises(c, sets, what, known, epsilon, count):
     if known is not None:
         make = through_the_sampler
         how |= dict(prior=known, level=c.sampler["t_star"])
-    victim = train.victim_in(c, "classifier", sets)
+    victim = replace(train.victim_in(c, "classifier", sets), training={})
     ues = []
     for k in range(count):
         other, name = of_seed(c, f"owner-{epsilon:g}-{slug(what)}", k)
-        made = train.cached(other, name, published, protection=make, images=on_device(images),
-                            labels=labels, victim=victim, seed=other.seed, **how)
+        made = train.cached(other, name, make, images=on_device(images), labels=labels.to(DEVICE),
+                            victim=victim, seed=other.seed, **how)
         ues.append(as_float(made["images"]))
     return ues
 
@@ -101,7 +101,7 @@ def owner(c, sets, count):
             on_le = spread_over(c, "classifier", f"{key}-LE", learnable, sets, count)
             rows.append({
                 "noise": f"{what}, {epsilon:g}/255",
-                "PSNR UE": f"{train.psnr(torch.stack(ues), images):.1f} dB",
+                "PSNR UE": f"{psnr(torch.stack(ues), images):.1f} dB",
                 "clean": shown(on_clean),
                 "UE": shown(on_ue),
                 "LE": shown(on_le)})
