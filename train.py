@@ -136,6 +136,7 @@ torch.set_flush_denormal(True)        # denormal numbers late in training slow a
 def story(c, stage="all"):
     """The paper: networks from unprotected images; then protect, purify and judge."""
     sets, _ = load_data(c)
+    claim(c)
     if stage == "all" and RANK > 0:
         work_ahead(c, sets)                                # while the first process trains those
     distance = train_vgg(c, sets)                          # first, as it may lack a file
@@ -612,7 +613,7 @@ def cached(c, name, make, /, **inputs):
         unfinished.unlink()
     if c.store:
         c.store.set(f"{work} is done", "")
-    print(f"{name}: made{why} in {seconds:.0f} s", file=sys.__stdout__, flush=True)
+    print(f"{name}: made{why} in {seconds:.0f} s", file=sys.__stdout__ if RANK else sys.stdout)
     return unet.read(path)
 
 
@@ -684,7 +685,7 @@ def parse(argv):
     options |= asked
     for option, value in options.items():
         shortened = option.rpartition(".")[2] in (*COUNTS, "warm_up") and option != "sampler.steps"
-        if options["limit"] and shortened:
+        if options["limit"] and shortened and isinstance(value, int):
             options[option] = min(value, options["limit"])
     c = nested(options)
     check(c, options)
@@ -713,7 +714,8 @@ def check(c, options):
         if word in CHOICES and value not in ("", *CHOICES[word]):
             raise BadInput(f"--{option} {value}: expected one of {', '.join(CHOICES[word])}"
                            + "; for a folder, `python -m studies.own`" * (option == "data"))
-        if word in (*COUNTS, "lr") and not 0 < value < 2 ** 31:
+        counts = word in (*COUNTS, "lr") and isinstance(value, (int, float))
+        if counts and not 0 < value < 2 ** 31:
             raise BadInput(f"--{option} {value}: expected a number above 0")
     for option, fits, expected in (
             ("seed", 0 <= c.seed < 2 ** 31, "0 to 2 ** 31"),
@@ -730,6 +732,9 @@ def check(c, options):
         if not fits:
             raise BadInput(f"--{option}: expected {expected}")
     Sampler(**c.sampler)
+    for name, victim in VICTIMS.items():
+        if not {"epochs", "batch_size", "lr"} <= set(victim.training):
+            raise BadInput(f"VICTIMS {name}: expected training=dict(epochs=, batch_size=, lr=)")
     for option, network, level in (("unet", partial(UNet, **c.unet, size=c.size), [1]),
                                    ("vgg", partial(VGG, **c.vgg), []),
                                    ("resnet", partial(ResNet, **c.resnet, classes=2), [])):
@@ -758,7 +763,6 @@ def main(argv=None):
     with one_line_errors("train.py"):
         start = time.monotonic()
         stage, c = parse(sys.argv[1:] if argv is None else argv)
-        claim(c)
         c.store = shared_store()
         first = len(c.protections) * RANK // PROCESSES     # each process begins at another one
         c.protections = c.protections[first:] + c.protections[:first]

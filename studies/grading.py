@@ -16,7 +16,7 @@ def claims():
     """{function or method: the first paragraph of its docstring} of all assignments."""
     found = {}
     for file, name in ASSIGNMENTS.values():
-        module = importlib.import_module(file.removesuffix(".py"))
+        module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
         function = getattr(module, name, None) or getattr(module.PerceptualDistance, name)
         found[name] = " ".join((function.__doc__ or "").split("\n\n")[0].split())
     return found

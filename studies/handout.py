@@ -22,7 +22,7 @@ ASSIGNMENTS = {
     4: ("perceptual.py", "embed"), 5: ("attacks.py", "noise_step"),
     6: ("attacks.py", "nt_xent_scores"), 7: ("le.py", "guidance"),
     8: ("le.py", "joint_conditioned_mean"), 9: ("train.py", "linear_probe"),
-    10: ("unet.py", "ddim"), 11: ("attacks.py", "rotation_scores")}
+    10: ("studies/purifiers.py", "ddim"), 11: ("studies/rotation.py", "rotation_scores")}
 
 
 def function_in(source, name):

@@ -31,8 +31,9 @@ def opened(parser, argv, alone=()):
             if not (c.run / "ddpm.pt").exists() and getattr(options, "name", "") not in alone:
                 raise BadInput(f"{c.run}: no run yet; first `python train.py` with the same "
                                "options")
+            data = train.load_data(c)
             train.claim(c)
-            yield options, c, *train.load_data(c)
+            yield options, c, *data
 
 
 def register():
