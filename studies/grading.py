@@ -1,29 +1,74 @@
-"""Tests as an autograder for assignments (studies/handout.py): a plugin of pytest.
+"""Tests as an autograder for assignments (studies/handout.py): a plugin of pytest, and comparisons
+that say what is wrong.
 
 A function whose body is `raise NotImplementedError` fails its own tests with its claim for a
 message. Tests that need it, themselves, in a fixture or in another process, are skipped.
 """
-import importlib
 import re
 import traceback
 
 import pytest
+import torch
 
-from studies.handout import ASSIGNMENTS
-
-
-def claims():
-    """{function or method: the first paragraph of its docstring} of all assignments."""
-    found = {}
-    for file, name in ASSIGNMENTS.values():
-        module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-        function = getattr(module, name, None) or getattr(module.PerceptualDistance, name)
-        found[name] = " ".join((function.__doc__ or "").split("\n\n")[0].split())
-    return found
-
+from studies.assignments import claims
 
 CLAIMS = claims()
 
+
+# -- Comparisons -----------------------------------------------------------------------------------
+
+def explained(actual, expected):
+    """In a few words, how wrong numbers differ from the expected ones; "" if there is no such word.
+    """
+    actual, expected = [torch.as_tensor(value).detach().double() for value in (actual, expected)]
+    if actual.shape != expected.shape or not (actual.isfinite() & expected.isfinite()).all():
+        return ""
+    size = expected.abs().max() if expected.numel() else 0
+    if size == 0:
+        return ""
+
+    def alike(x, y):
+        return torch.allclose(x, y, rtol=1e-5, atol=1e-5 * size)
+    factor = ((actual * expected).sum() / expected.square().sum()).item()  # by least squares
+    if alike(actual, expected) or abs(factor) < 1e-4:
+        return ""
+    if alike(actual, factor * expected):
+        if abs(factor - 2) < 1e-4:
+            return "twice what is expected"
+        if abs(factor + 1) < 1e-4:
+            return "minus what is expected"
+        if (expected != 0).sum() > 1:                      # a lone number has some factor always
+            return f"a constant factor of {factor:.4g}"
+    if alike(actual.flatten().sort()[0], expected.flatten().sort()[0]):
+        return "the right values in another order"
+    return ""
+
+
+def compared(actual, expected, rtol, atol):
+    """Raise AssertionError if tensors differ, and say first how, where there is a word for it."""
+    __tracebackhide__ = True                               # pytest would print both tensors
+    try:
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+        return
+    except AssertionError as error:
+        said = str(error)
+    how = explained(actual, expected)
+    raise AssertionError(f"{how}\n{said}" if how else said)
+
+
+def close(actual, expected, atol=1e-8):
+    """Tensors are equal but for rounding."""
+    __tracebackhide__ = True
+    compared(actual, expected, 1e-5, atol)
+
+
+def same(actual, expected):
+    """Tensors are equal to the last bit."""
+    __tracebackhide__ = True
+    compared(actual, expected, 0, 0)
+
+
+# -- The plugin ------------------------------------------------------------------------------------
 
 def missing_function(error):
     """The name of the assignment whose missing body an exception comes from, or None."""

@@ -4,33 +4,33 @@
     python -m studies.handout 1 --out DIR --solutions    put the solution of 1 back into DIR
 
 The body of each becomes its docstring and `raise NotImplementedError`; its tests, which are there
-too, fail and say what is expected.
+too, fail and say what is expected. Copied are the files of the project, and nothing else that lies
+beside them.
 """
 import argparse
 import ast
 import shutil
-from functools import partial
+import subprocess
 from pathlib import Path
+from uuid import uuid4
 
 import le
-from le import BadInput
+from studies.assignments import ASSIGNMENTS, HERE, defined, scope_of, scopes
+from unet import BadInput
 
-HERE = Path(__file__).parent.parent
-# As numbered in the README: the file, and the function or method
-ASSIGNMENTS = {
-    1: ("unet.py", "q_sample"), 2: ("unet.py", "posterior"), 3: ("unet.py", "ddpm_loss"),
-    4: ("perceptual.py", "embed"), 5: ("attacks.py", "noise_step"),
-    6: ("attacks.py", "nt_xent_scores"), 7: ("le.py", "guidance"),
-    8: ("le.py", "joint_conditioned_mean"), 9: ("train.py", "linear_probe"),
-    10: ("studies/purifiers.py", "ddim"), 11: ("studies/rotation.py", "rotation_scores")}
+# What a copy consists of: these patterns do not reach into folders of folders
+FILES = ("le.py", "unet.py", "perceptual.py", "attacks.py", "train.py", "test_le.py", "README.md",
+         "requirements.txt", "constraints.txt", "pytest.ini", "LICENSE", ".gitignore",
+         "studies/*.py", "studies/README.md", "figures/*.png")
 
 
 def function_in(source, name):
     """The syntax of a function or method."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return node
-    raise BadInput(f"{name}: no such function")
+    tree = ast.parse(source)
+    scope = scope_of(tree, name)
+    if scope is None:
+        raise BadInput(f"{name}: no such function")
+    return defined(scopes(tree)[scope], name)
 
 
 def with_body(source, name, lines):
@@ -48,24 +48,61 @@ def body_of(source, name):
     return docstring, lines[first.end_lineno:others[-1].end_lineno]
 
 
-def left_out(folder, names, out):
-    """What of a folder is not copied: runs and the like, and the copy itself."""
-    here = {name for name in names if (Path(folder) / name).resolve() == out}
-    return here | shutil.ignore_patterns(".*", "runs", "__pycache__", "venv")(folder, names)
+def tracked(project):
+    """The files that git knows of a project which is the root of a repository; None of another, or
+    where there is no git."""
+    if not (project / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "ls-files", "-z"], cwd=project, capture_output=True,
+                              check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return set(done.stdout.decode(errors="replace").split("\0")) - {""} or None
+
+
+def present(project):
+    """The files of FILES in a project, relative to it; links are not among them."""
+    real = project.resolve()
+    found = [path for pattern in FILES for path in sorted(project.glob(pattern))]
+    return [path.relative_to(project) for path in found
+            if path.is_file() and path.resolve() == real / path.relative_to(project)]
+
+
+def listed(project):
+    """The files that a copy consists of: those of FILES, and of them, those that git knows."""
+    known = tracked(project)
+    return [file for file in present(project) if known is None or file.as_posix() in known]
+
+
+def copy(files, out):
+    """Copy files of the project into a new folder. Their contents alone: what is read-only here is
+    to be written to there."""
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(HERE / file, out / file)
 
 
 def hand_out(numbers, out):
     """Write a new copy of the project without the bodies of these assignments."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise BadInput(f"--out {out}: is there already; expected a new folder")
-    shutil.copytree(HERE, out, ignore=partial(left_out, out=out.resolve()))
-    for number in numbers:
-        file, name = ASSIGNMENTS[number]
-        source = (out / file).read_text(encoding="utf-8")
-        docstring, body = body_of(source, name)
-        indent = docstring[0][:-len(docstring[0].lstrip())]
-        lines = [*docstring, f"{indent}raise NotImplementedError\n"]
-        (out / file).write_text(with_body(source, name, lines), encoding="utf-8")
+    # what is not whole yet has another name, in a folder that is there already
+    beside = next(folder for folder in out.absolute().parents if folder.exists())
+    partial = beside / f".{uuid4().hex}.tmp"
+    try:
+        copy(listed(HERE), partial)
+        for number in numbers:
+            file, name = ASSIGNMENTS[number]
+            source = (partial / file).read_text(encoding="utf-8")
+            docstring, body = body_of(source, name)
+            indent = docstring[0][:-len(docstring[0].lstrip())]
+            lines = [*docstring, f"{indent}raise NotImplementedError\n"]
+            (partial / file).write_text(with_body(source, name, lines), encoding="utf-8")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def solve(numbers, out):

@@ -14,7 +14,6 @@
 
 All other options are those of `train.py`. Images are cropped to their central square and resized.
 """
-import argparse
 import os
 import sys
 from contextlib import contextmanager

@@ -41,10 +41,10 @@ def side_by_side(sets, pictures):
     {name: (UEs, LEs)}, the UEs, their noise x16, and the LEs."""
     originals = of_each_class(sets, sets["protected"][0])
     rows = [("original", originals)]
-    for name, (ue, le) in pictures.items():
+    for name, (ue, learnable) in pictures.items():
         rows.append((f"{name} UE", ue))
         rows.append(("its noise x16", 0.5 + 16 * (ue - originals)))
-        rows.append((f"{name} LE", le))
+        rows.append((f"{name} LE", learnable))
     return rows
 
 

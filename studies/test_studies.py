@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import attacks
 import le
@@ -30,13 +31,14 @@ import unet
 from attacks import EPSILON, PROTECTIONS, VICTIMS, Protection, ResNet, Victim, class_scores, publish
 from le import Sampler, purify
 from perceptual import VGG, PerceptualDistance
-from studies import ablation, handout, own, pictures, protections, purifiers, released, replies
+from studies import ablation, handout, labels, pictures, plane, protections, purifiers
+from studies import released, replies, slide
 from studies import purify as own_images
 from studies import rotation, scenarios
 from studies.purifiers import ddim, p_sample, sample
-from test_le import (HERE, SMALL, SMALL_VGG, TINY, agrees, asked_for, awake, checkpoint, close,
-                     configured, images, linear_network, refusal, same, seeded, silent, small_run,
-                     wave)
+from test_le import (HERE, JOINT, SMALL, SMALL_VGG, TINY, UNET, agrees, asked_for, awake,
+                     checkpoint, close, configured, images, linear_network, nets, refusal, same,
+                     seeded, silent, small_distance, small_run, tiny_unet, wave)
 from unet import (ALPHA_BAR, BETA, DEVICE, T, BadInput, UNet, on_device, posterior, predict_x0,
                   q_sample)
 
@@ -208,6 +210,232 @@ def test_download_keeps_only_what_has_the_hash(tmp_path):
     assert (tmp_path / "out").read_bytes() == b"data"
 
 
+
+
+# -- Checkpoints -----------------------------------------------------------------------------------
+
+def test_save_load_unet_round_trip(tmp_path):
+    net, x = awake(UNet(**TINY)), torch.randn(1, 3, 32, 32)
+    net.config["max_level"] = 100
+    unet.save(tmp_path / "u.pt", checkpoint(net))
+    loaded = unet.load(tmp_path / "u.pt")
+    assert torch.equal(loaded(x, 7), net(x, 7)) and loaded.max_level == 100
+    assert [path.name for path in tmp_path.iterdir()] == ["u.pt"]
+
+
+def test_save_leaves_nothing_behind_on_a_full_disk(tmp_path, monkeypatch):
+    def full(checkpoint, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("write failed: no space")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="u.pt: cannot be written"):
+        unet.save(tmp_path / "u.pt", {})
+    assert not list(tmp_path.iterdir())
+
+
+class Malice:
+    def __reduce__(self):
+        return print, ("this file ran code",)
+
+
+def test_read_runs_no_code(tmp_path, capsys):
+    torch.save({"config": Malice()}, tmp_path / "evil.pt")
+    with pytest.raises(BadInput, match="evil.pt"):
+        unet.read(tmp_path / "evil.pt")
+    assert "ran code" not in capsys.readouterr().out
+
+
+NAN = {name: w * math.nan for name, w in UNET.state_dict().items()}
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"something": 1}, "not a checkpoint"), (["a", "b"], "not a checkpoint"),
+    (torch.zeros(3), "not a checkpoint of train.py; .* `python -m studies.released` makes one"),
+    (checkpoint(SMALL_VGG), "not the configuration of a UNet"),
+    (checkpoint(UNET) | {"config": dict(TINY, width="8")}, "not the configuration"),
+    (checkpoint(UNET) | {"config": dict(TINY, mults=())}, "is .*expected"),
+    (checkpoint(UNET) | {"config": dict(TINY, width=10 ** 9)}, "not the configuration"),
+    (checkpoint(UNET) | {"config": dict(TINY, colour="red")}, "not the configuration"),
+    (checkpoint(UNET) | {"config": dict(TINY, max_level="all")}, "not the configuration"),
+    (checkpoint(UNET) | {"config": dict(TINY, max_level=10 ** 6)}, "not the configuration"),
+    (checkpoint(UNET) | {"weights": None}, "not a checkpoint"),
+    (checkpoint(UNET) | {"weights": {"conv_in.weight": 3}}, r"is nothing"),
+    (checkpoint(UNET) | {"weights": UNET.state_dict() | {"new": torch.ones(2)}}, r"new is \[2\]"),
+    (checkpoint(UNET) | {"weights": NAN}, "is not finite"),
+])
+def test_load_unet_says_what_is_wrong(tmp_path, content, message):
+    torch.save(content, tmp_path / "u.pt")
+    with pytest.raises(BadInput, match=f"u.pt: .*{message}") as stop:
+        unet.load(tmp_path / "u.pt")
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x02", "half"])
+@pytest.mark.parametrize("load", [unet.load, perceptual.load])
+def test_load_refuses_files_that_are_not_whole(tmp_path, load, content):
+    torch.save(checkpoint(UNET), tmp_path / "u.pt")
+    whole = (tmp_path / "u.pt").read_bytes()
+    (tmp_path / "u.pt").write_bytes(whole[:len(whole) // 2] if content == "half" else content)
+    with pytest.raises(BadInput, match="u.pt: not a whole file"):
+        load(tmp_path / "u.pt")
+
+
+def test_load_perceptual_refuses_a_U_Net(tmp_path):
+    torch.save(checkpoint(UNET), tmp_path / "u.pt")
+    with pytest.raises(BadInput, match="u.pt: not the configuration of a VGG"):
+        perceptual.load(tmp_path / "u.pt")
+
+
+# Some of the keys of google/ddpm-cifar10-32's diffusion_pytorch_model.bin, and their shapes
+RELEASED_KEYS = {
+    "conv_in.weight": (128, 3, 3, 3), "time_embedding.linear_1.weight": (512, 128),
+    "down_blocks.0.resnets.1.time_emb_proj.weight": (128, 512),
+    "down_blocks.0.downsamplers.0.conv.weight": (128, 128, 3, 3),
+    "down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1),
+    "down_blocks.1.attentions.1.query.weight": (256, 256),
+    "mid_block.attentions.0.proj_attn.bias": (256,), "up_blocks.0.upsamplers.0.conv.bias": (256,),
+    "up_blocks.0.resnets.2.conv1.weight": (256, 512, 3, 3), "conv_norm_out.weight": (128,)}
+
+
+def test_UNet_defaults_are_the_released_network():
+    with torch.device("meta"):
+        weights = {name: tuple(w.shape) for name, w in UNet().state_dict().items()}
+    assert {name: weights.get(name) for name in RELEASED_KEYS} == RELEASED_KEYS
+    assert sum(map(math.prod, weights.values())) == 35_746_307
+
+
+def test_VGG_defaults_are_the_released_layers():
+    with torch.device("meta"):
+        vgg = VGG()
+    convolutions = [i for i, layer in enumerate(vgg.features) if isinstance(layer, torch.nn.Conv2d)]
+    assert convolutions == [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # as in torchvision
+    assert sum(p.numel() for p in vgg.features.parameters()) == 14_714_688
+    assert vgg.taps == [3, 8, 15, 22, 29]                  # relu1_2 ... relu5_3, as in LPIPS
+
+
+def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
+    x = images(16)
+
+    def run(unfinished, stop=None):
+        def report(done, total, **values):
+            if done == stop:
+                raise KeyboardInterrupt
+        net = tiny_unet()
+        return unet.train_unet(net, x, levels=20, tilt=1.0, steps=16, batch_size=4, lr=1e-3,
+                                ema_decay=0.9, seed=0, report=report, unfinished=unfinished,
+                                checkpoint_seconds=0)
+    whole = run(tmp_path / "a")["weights"]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", stop=8)
+    assert 0 < torch.load(tmp_path / "b", weights_only=True)["step"] < 16
+    resumed = run(tmp_path / "b")["weights"]
+    assert all(torch.allclose(w, resumed[name], atol=1e-6) for name, w in whole.items())
+
+
+# -- Optimizers, crops, and what functions refuse --------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_orthogonal_keeps_directions_and_makes_their_lengths_alike(shape):
+    left, _, right = torch.linalg.svd(torch.randn(shape).double(), full_matrices=False)
+    lengths = torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 0.5]).double()
+    turned = left.mT @ attacks.orthogonal(left * lengths @ right) @ right.mT
+    assert ((turned.diagonal() > 0.6) & (turned.diagonal() < 1.3)).all()
+    close(turned - turned.diagonal().diag(), torch.zeros(6, 6).double(), atol=1e-6)
+
+
+def test_Muon_is_nesterovs_SGD_but_for_the_lengths_in_a_filters_step():
+    bias, twin = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    filters, unused = nn.Parameter(torch.ones(8, 3, 3, 3)), nn.Parameter(torch.ones(2, 2))
+    muon = attacks.Muon([bias, filters, unused], lr=0.5)
+    sgd = torch.optim.SGD([twin], lr=0.5, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        bias.grad = torch.randn(4)
+        twin.grad = bias.grad.clone()
+        filters.grad = torch.randn(8, 3, 3, 3)
+        before = filters.detach().clone()
+        muon.step()
+        sgd.step()
+        close(bias, twin)
+        lengths = torch.linalg.svdvals((before - filters).detach().flatten(1)) / 0.5
+        assert ((lengths > 0.6) & (lengths < 1.3)).all()
+    same(unused.detach(), torch.ones(2, 2))                # it had no gradient
+
+
+def test_protect_gives_every_setting_to_the_protection(tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(images, labels, victim, **how):
+        seen.update(how)
+        return images
+    c = configured("--out", tmp_path, "--noise.em-class.rounds", 3, *asked_for(10, 10, 1, 1))
+    monkeypatch.setitem(PROTECTIONS, "em-class", replace(PROTECTIONS["em-class"], make=spy))
+    train.protect(c, "em-class", train.load_data(c)[0])
+    assert seen.items() > c.noise["em-class"].items() and seen["shared"] == "class"
+    assert seen["rounds"] == 3 and seen["epsilon"] == EPSILON
+
+
+def test_LPIPS_weights_must_fit_the_channels():
+    for weights in ([torch.ones(3)] * 5, [-torch.ones(c) for c in (4, 8, 16, 32, 32)]):
+        with pytest.raises(BadInput, match="weights"):
+            small_distance(weights=weights)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(steps=500), dict(target="x1"), dict(rounds=0), dict(pixel_weight=-1.0), dict(t_star=0),
+    dict(pixel_weight=math.nan), dict(perceptual_weight=math.inf), dict(compare="red")])
+def test_Sampler_refuses_what_makes_no_sense(wrong):
+    with pytest.raises(BadInput):
+        Sampler(**wrong)
+
+
+def test_purify_refuses_what_it_cannot_do(nets):
+    with pytest.raises(BadInput, match="0, 1"):
+        purify(*nets, images(1) * 255, JOINT)
+    young = copy.deepcopy(nets[0])
+    young.max_level = 11
+    with pytest.raises(BadInput, match="levels up to 11"):
+        purify(young, nets[1], images(1), JOINT)
+    young.max_level = T
+    young.conv_out.bias.data.fill_(math.nan)
+    with pytest.raises(BadInput, match="not finite"):
+        purify(young, nets[1], images(1), JOINT)
+
+
+def test_random_resized_crop_draws_whole_boxes_again_until_they_fit(monkeypatch):
+    seen = []
+
+    def spy(x, *box):
+        seen.append(torch.stack(box[:4]))
+        return x
+    monkeypatch.setattr(attacks, "boxes", spy)
+    attacks.random_resized_crop(torch.zeros(20000, 1, 32, 32), torch.Generator().manual_seed(0), 16)
+    top, left, height, width = seen[0]
+    assert all(torch.equal(side, side.round()) for side in seen[0])
+    assert (top >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
+    area, aspect = height * width / 1024, width / height
+    # 0.552 is what torchvision and kornia draw, and where nothing is cut few touch both sides
+    assert abs(area.mean() - 0.552) < 0.005 and 0.18 < area.min() and area.max() <= 1
+    assert 0.7 < aspect.min() and aspect.max() < 1.45 and abs(aspect.log().mean()) < 0.01
+    assert ((height == 32) & (width == 32)).float().mean() < 0.03
+    assert abs(top.mean() - (32 - height).mean() / 2) < 0.1
+
+
+def test_random_resized_crop_shows_that_box_resized_and_flipped(monkeypatch):
+    ramp = torch.arange(32.0) + 0.5                        # the view says which box it shows
+    x = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32), torch.ones(32, 32)])
+    boxes, seen = attacks.boxes, []
+
+    def spy(x, *box):
+        seen.append(torch.stack([box[3], box[2]], 1))
+        return boxes(x, *box)
+    monkeypatch.setattr(attacks, "boxes", spy)
+    view = attacks.random_resized_crop(x.expand(500, -1, -1, -1), torch.Generator().manual_seed(0),
+                                       16)
+    assert view.shape == (500, 3, 16, 16)
+    close(view[:, 2], torch.ones(500, 16, 16), atol=1e-6)  # weights of a pixel add up to one
+    inner = view[:, :2, 4:12, 4:12]
+    close((inner.amax((2, 3)) - inner.amin((2, 3))) * 16 / 7, seen[0], atol=0.5)
+    assert 0.4 < (view[:, 0, 0, 0] > view[:, 0, 0, -1]).float().mean() < 0.6  # half of them flipped
 
 
 # -- What is kept ----------------------------------------------------------------------------------
@@ -920,6 +1148,62 @@ def test_main_help_shows_the_options_as_they_stand_in_the_code(capsys):
         assert line in said
 
 
+# -- The plane, and drawing ------------------------------------------------------------------------
+
+def test_protect_moves_points_by_epsilon_off_the_circle_to_the_side_of_their_class():
+    points, classes = plane.natural_points(500, torch.Generator().manual_seed(0))
+    ue = plane.protect(points, classes)
+    assert ((ue - points).flatten(1).norm(dim=1) - plane.EPSILON).abs().max() < 1e-5
+    assert plane.moved(ue, points, classes) == pytest.approx((0, plane.EPSILON), abs=0.01)
+
+
+def test_the_perceptual_distance_of_the_plane_is_blind_to_the_perturbation_alone():
+    points, classes = plane.natural_points(50, torch.Generator().manual_seed(0))
+    distance, ue = plane.Directions(), plane.protect(points, classes)
+    seen = distance.embed(points / 2 + 0.5)
+    assert distance.to_embedding(ue / 2 + 0.5, seen).max() < 1e-8
+    assert distance.to_embedding(points.flip(1) / 2 + 0.5, seen).mean() > 0.1
+
+
+def test_conditions_keep_points_in_place_and_too_much_of_one_brings_the_protection_back():
+    points, classes = plane.natural_points(400, torch.Generator().manual_seed(0))
+    net = plane.fit(plane.Denoiser(), lambda net: unet.ddpm_loss(
+        net, points, torch.randint(1, 101, (400,)), torch.randn(points.shape)), 600, 0.005)
+    ue, ways = plane.protect(points, classes), []
+    for name in ("LEs, no condition", "LEs, both", "LEs, pixels x 50"):
+        made = plane.way_back(net, ue, plane.SAMPLERS[name], torch.Generator().manual_seed(0))
+        ways.append(plane.moved(made, points, classes))
+    (along, off), (along_both, off_both), (_, off_pixels) = ways
+    assert along_both < along / 2 and off < off_both < off_pixels and off_both < plane.EPSILON / 3
+
+
+def test_pictures_of_the_plane_are_drawn(tmp_path):
+    points, classes = plane.natural_points(50, torch.Generator().manual_seed(0))
+    found = {"points": (points, plane.perceptron(2, 8, 2), (99.0, 0.0, 0.0))}
+    slide.draw_panels(["points"] * 6, found, classes, plane.summary([found]), tmp_path / "a.png")
+    slide.draw_pipeline(tmp_path / "b.png")
+    assert all(Image.open(tmp_path / name).width > 1000 for name in ("a.png", "b.png"))
+
+
+def test_labels_of_a_plot_overlap_neither_each_other_nor_dots_and_stay_inside():
+    torch.manual_seed(0)
+    dots = (torch.rand(25, 2) * torch.tensor([860, 460]) + 20).tolist()
+    taken = [labels.square(x, y, 6) for x, y in dots]
+    boxes = labels.placed([(x, y, 120) for x, y in dots], taken, (900, 500))
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        assert not any(labels.overlap(boxes[i], other) for other in [*taken, *boxes[:i]])
+        assert left >= 0 and top >= 0 and right <= 900 and bottom <= 500
+
+
+@pytest.mark.parametrize("t", [0, 36, 1000])
+def test_rows_of_forward_differ_by_exactly_the_perturbation_that_is_left(t):
+    original, move, eps = torch.randn(3, 3, 8, 8)
+    noisy, left, noise = pictures.forward_rows(original, original + move, eps, t)
+    kept = unet.ALPHA_BAR[t].sqrt().item()
+    torch.testing.assert_close(left - noise, kept * move, atol=1e-6, rtol=0)
+    torch.testing.assert_close(noisy - left, kept * (original - 0.5) + 0.5, atol=1e-6, rtol=0)
+
+
 # -- README ----------------------------------------------------------------------------------------
 
 def test_readme_commands_are_understood():
@@ -938,7 +1222,7 @@ def test_readme_commands_are_understood():
         elif arguments[0].startswith("studies."):
             assert (HERE / "studies" / f"{arguments[0].split('.')[1]}.py").exists(), command
         else:
-            assert arguments[0] == "pytest", command
+            assert program == "mine.py" or arguments[0] == "pytest", command
 
 
 def test_readme_file_of_ones_own_works_as_it_is_shown(tmp_path):
