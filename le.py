@@ -164,8 +164,7 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
     return out
 
 
-# A purifier is a function (net, distance, images, sampler, seeds, report) -> images in [0, 1]. With
-# an entry here, or in a file of your own, train.py --purifier NAME judges it
+# A purifier is a function (net, distance, images, sampler, seeds, report) -> images in [0, 1]
 PURIFIERS = {"joint": purify}
 
 
@@ -225,16 +224,15 @@ def looked_at(whose, made, shape, within=(-math.inf, math.inf)):
 
 def unused_seed(make):
     """Whether a protection or a purifier never looks at the seed, or seeds, that it is given."""
-    steps = dis.get_instructions(inspect.unwrap(getattr(make, "func", make)))
+    function = inspect.unwrap(getattr(make, "func", make))
+    steps = dis.get_instructions(getattr(function, "__code__", None) or type(function).__call__)
     return not any("seed" in str(step.argval) for step in steps if step.opname.startswith("LOAD"))
 
 
 class Progress:
-    """report(done, total, **values): one line on stderr that rewrites itself, with the time left.
-
-    Off a terminal, a line every 20 s. Values are looked at only when shown, since that may mean to
-    wait for a GPU. Raises BadInput when one is not finite.
-    """
+    """report(done, total, **values): one line on stderr that rewrites itself, with the time left;
+    off a terminal, a line every 20 s. Values are looked at only when shown, since that may mean to
+    wait for a GPU. Raises BadInput when one is not finite."""
 
     def __init__(self, label):
         self.label, self.shown = label, None
@@ -257,7 +255,5 @@ class Progress:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are one line, too."""
-
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")

@@ -6,21 +6,16 @@
     python train.py --data cifar10 --root cifar-10-binary.tar.gz
     torchrun --nproc_per_node=2 train.py    by two processes, each at a stage of its own
 
-On 2 cores of an AMD EPYC the quick look prints clean 99.3, UE 18.6, LE 97.9, recovery 0.98. The
-whole story, in 11 to 25 minutes, goes on from there: noise takes a classifier from 99 % to about
-20, and purification brings it back to 98; it takes SimCLR from 98 % to 60 or 66, and back to 97.
-
-Read `story` first. Results are kept in runs/, and made again only when their inputs, their settings
-or the files that their code is in have changed.
+Read `story` first. What is in runs/ is made again only when what it depends on has changed.
 """
 import argparse
 import ast
+import copy
 import inspect
 import json
 import math
 import os
 import pickle
-import site
 import sys
 import sysconfig
 import tarfile
@@ -65,7 +60,6 @@ DEFAULTS = {
     "purifier": "joint",           # of le.PURIFIERS
     "epsilon": 255 * EPSILON,      # largest change of a channel, of 255
     "size": 32,                    # pixels a side
-    # four disjoint sets
     "images.protected": 4096,      # the owner's images, published only as unlearnable examples
     "images.unprotected": 4096,    # the unauthorized user's own images
     "images.validation": 1000,     # clean images that judge while somebody tunes
@@ -94,8 +88,7 @@ DEFAULTS = {
     "perceptual.optimizer": "muon",  # how it learns: a name in attacks.OPTIMIZERS
     "vgg_weights": ""}             # a checkpoint of VGG-16, in place of training a small one
 
-# What differs from the defaults, in how the papers' classifiers learn, and by --config. All data
-# but shapes are photographs, without being asked
+# What differs from the defaults. All data but shapes are photographs, without being asked
 BY_SGD = {"classifier.optimizer": "sgd", "classifier.batch_size": 128, "classifier.lr": 0.1}
 CONFIGS = {
     "shapes": {},
@@ -165,10 +158,8 @@ def train_ddpm(c, sets):
     """The U-Net, trained on the unprotected images only."""
     images, _ = sets["unprotected"]
     torch.manual_seed(c.seed)
-    net = on_device(UNet(**c.unet, size=images.shape[-1]))
-    if c.unet_start:
-        net = on_device(unet.load(c.unet_start))
-    cached(c, "ddpm", train_unet, net=net, images=images, seed=c.seed, **c.ddpm)
+    net = unet.load(c.unet_start) if c.unet_start else UNet(**c.unet, size=images.shape[-1])
+    cached(c, "ddpm", train_unet, net=on_device(net), images=images, seed=c.seed, **c.ddpm)
     return on_device(unet.load(c.run / "ddpm.pt"))
 
 
@@ -180,7 +171,7 @@ def train_vgg(c, sets):
     if c.vgg_weights:
         return on_device(perceptual.load(c.vgg_weights))
     images, labels = sets["unprotected"]
-    victim = Victim(VGG, class_scores, c.vgg | dict(classes=count_classes(sets)))
+    victim = Victim(VGG, class_scores, c.vgg | dict(classes=c.classes))
     cached(c, "vgg", fit, victim=victim, images=on_device(images), labels=labels, seed=c.seed,
            **c.perceptual)
     return on_device(perceptual.load(c.run / "vgg.pt"))
@@ -227,13 +218,11 @@ def kind_of(c, name):
 
 
 def train_victim(c, kind, name, images, sets):
-    """Accuracy in percent, on clean images, of a victim of this kind, an entry of VICTIMS, that is
-    trained on `images` in place of the protected ones."""
+    """Accuracy in percent, on clean images, of a victim of this kind that `images` have taught."""
     victim = victim_in(c, kind, sets)
     net, losses = fitted(c, f"{kind}-{name}", victim, images, sets)
     score = round(score_of(c, victim, net, sets), 2)       # the same in the log and the table
-    shown = ", ".join(f"{loss:.2f}" for loss in losses[::math.ceil(len(losses) / 6)])
-    print(f"{kind} on {name}: {score:.1f} %; its loss fell like {shown}", flush=True)
+    print(f"{kind} on {name}: {score:.1f} %; loss {losses[0]:.2f} to {losses[-1]:.2f}")
     return score
 
 
@@ -248,11 +237,7 @@ def fitted(c, name, victim, images, sets):
 
 def victim_in(c, kind, sets):
     """The victim of this kind, with the settings and classes of the run."""
-    return victim_of(kind, c.resnet | dict(classes=count_classes(sets)), vars(c)[kind])
-
-
-def count_classes(sets):
-    return 1 + int(torch.cat([labels for _, labels in sets.values()]).max())
+    return victim_of(kind, c.resnet | dict(classes=c.classes), vars(c)[kind])
 
 
 def score_of(c, victim, net, sets):
@@ -265,8 +250,8 @@ def score_of(c, victim, net, sets):
 @torch.no_grad()
 def in_parts(function, images, size=500):
     """function(images) (N, k) of images (N, 3, H, W), which are on the device `size` at a time."""
-    made = [function(on_device(part)) for part in images.split(size)]
-    return torch.cat([looked_at("a victim", part, (len(part), -1)).cpu() for part in made])
+    made = torch.cat([function(on_device(part)).cpu() for part in images.split(size)])
+    return looked_at("a victim", made, (len(images), -1))
 
 
 def accuracy(net, images, labels):
@@ -276,10 +261,8 @@ def accuracy(net, images, labels):
 
 def linear_probe(encoder, train, test):
     """Percentage of test images that a linear classifier of the encoder's features gets right.
-
     train and test are (images, labels). Logistic regression on standardised features, the encoder
-    frozen, by L-BFGS to convergence: nothing to tune.
-    """
+    frozen, by L-BFGS to convergence: nothing to tune."""
     x, x_test = in_parts(encoder.features, train[0]), in_parts(encoder.features, test[0])
     mean, std = x.mean(0), x.std(0) + 1e-6
     linear = nn.Linear(x.shape[1], int(train[1].max()) + 1)
@@ -361,8 +344,8 @@ def signed_distance(shape, p):
         case "star": return polygon(p / 1.1, 5, notch=0.5)
         case "bars": return torch.maximum(y - 0.85, (x - 0.55).abs() - 0.22)
         case "nut": return torch.maximum(polygon(p, 6), 0.5 - r)
-    moon = p - torch.tensor([0.45, 0.0])                   # crescent
-    return torch.maximum(r - 0.95, 0.72 - moon.norm(dim=-1))
+    bite = p - torch.tensor([0.45, 0.0])                   # of the crescent
+    return torch.maximum(r - 0.95, 0.72 - bite.norm(dim=-1))
 
 
 def uniform(generator, low, high, *shape):
@@ -387,7 +370,8 @@ def shapes(n, seed, size=32):
         radius = uniform(g, 0.16, 0.225, n) * size
         turn = uniform(g, 0, 2 * math.pi, n)
         stretch = uniform(g, -0.2, 0.2, n).exp()
-        rotation = torch.stack([turn.cos(), turn.sin(), -turn.sin(), turn.cos()], -1).view(n, 2, 2)
+        cos, sin = turn.cos(), turn.sin()
+        rotation = torch.stack([cos, sin, -sin, cos], -1).view(n, 2, 2)
         stretch = torch.stack([stretch, 1 / stretch], -1)
         colour = F.normalize(torch.randn(n, 3, 1, 1, generator=g), dim=1) * 3 ** 0.5
         colour = colour * uniform(g, 0.25, 0.5, n, 1, 1, 1)
@@ -396,8 +380,9 @@ def shapes(n, seed, size=32):
         for k, shape in enumerate(SHAPES):                 # one at a time, to need less memory
             own = labels == k
             p = (points - centre[own, None, None]).flatten(1, 2) @ rotation[own].mT
-            p = p.view(-1, size, size, 2) / radius[own].view(-1, 1, 1, 1) * stretch[own, None, None]
-            distance = signed_distance(shape, p) * radius[own].view(-1, 1, 1)
+            r = radius[own].view(-1, 1, 1, 1)
+            p = p.view(-1, size, size, 2) / r * stretch[own, None, None]
+            distance = signed_distance(shape, p) * r[..., 0]
             images[own] += (0.5 - distance).clamp(0, 1)[:, None] * colour[own]  # 0 outside it
     sun = uniform(g, 0, 2 * math.pi, n, 1, 1)
     x, y = (points / size - 0.5).unbind(-1)
@@ -462,8 +447,9 @@ def load_data(c):
     """The four disjoint sets {name: (images, labels)}, and the class names. Raises BadInput if
     there is no such data, or less of it than asked for."""
     sets, classes = DATASETS[c.data](c)
-    print(f"{c.data}: {len(classes)} classes, {', '.join(map(str, classes[:10]))}; images: "
-          + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in sets.items()))
+    c.classes = len(classes)
+    counts = [f"{len(labels)} {name}" for name, (_, labels) in sets.items()]
+    print(f"{len(classes)} classes, {', '.join(classes[:10])}; images: {', '.join(counts)}")
     return sets, classes
 
 
@@ -472,7 +458,7 @@ def divided(images, labels, counts):
     many}: divided(x, y, dict(a=2, b=1)) is dict(a=(x[:2], y[:2]), b=(x[2:3], y[2:3]))."""
     if sum(counts.values()) > len(images):
         asked = " + ".join(f"{n} {name}" for name, n in counts.items())
-        raise BadInput(f"--images: {len(images)} images for {asked}; expected fewer of one of them")
+        raise BadInput(f"--images: {len(images)} images for {asked}; expected fewer")
     parts = [part[:sum(counts.values())].split(list(counts.values())) for part in (images, labels)]
     return dict(zip(counts, zip(*parts)))
 
@@ -481,7 +467,7 @@ def divided(images, labels, counts):
 
 # Where installed packages are; every other source file counts as somebody's own
 INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-INSTALLED |= {*site.getsitepackages(), site.getusersitepackages()}
+INSTALLED.add(sysconfig.get_path("purelib", sysconfig.get_preferred_scheme("user")))
 
 
 @cache
@@ -518,9 +504,10 @@ def files_of(modules):
         source = own_source(name)
         if name == "__main__" and not source:              # typed in, where nothing shows a change
             return {"code that is in no file": time.time_ns()}
-        if source and source[0] not in found and (source[0] != Path(__file__) or name in modules):
-            found[source[0]] = source[1]
-            waiting |= source[2]
+        file, code, imported = source or (None, "", ())
+        if file not in (None, *found) and (file != Path(__file__) or name in modules):
+            found[file] = code
+            waiting.update(imported)
     return {os.path.relpath(file, Path(__file__).parent): found[file] for file in sorted(found)}
 
 
@@ -545,11 +532,10 @@ class Inputs(pickle.Pickler):
             return str, (thing.read_bytes(),)
         if isinstance(thing, (type, FunctionType)) and thing.__module__ != "builtins":
             self.modules.add(thing.__module__)
-            code = getattr(thing, "__code__", None)
             values = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-            values += [getattr(thing, "__defaults__", None), getattr(thing, "__kwdefaults__", None)]
+            values += [getattr(thing, key, None) for key in ("__defaults__", "__kwdefaults__")]
             if thing.__name__ == "<lambda>":               # its file may have several
-                values += [code.co_code, repr(code.co_consts)]
+                values += [thing.__code__.co_code, repr(thing.__code__.co_consts)]
             return str, (thing.__qualname__, values)
         return NotImplemented
 
@@ -581,10 +567,8 @@ def kept(path, parts):
 
 def cached(c, name, make, /, **inputs):
     """What make(**inputs, report=...) gives, or gave before, if nothing has changed since: a dict,
-    in which images (N, 3, H, W), of a protection or a purifier, are bytes, "images".
-
-    It is in the run's folder, as name.pt. Says what is kept, what changed, and how long it took.
-    """
+    in which images (N, 3, H, W), of a protection or a purifier, are bytes, "images". It is kept in
+    the run's folder, as name.pt. Says what is kept, what changed, and how long it took."""
     path, start = c.run / f"{name}.pt", time.monotonic()
     parts = hashes(dict(function=make) | inputs) | dict(Python=sys.version_info[:2])
     made, why = kept(path, parts)
@@ -596,8 +580,7 @@ def cached(c, name, make, /, **inputs):
         while not c.store.check([f"{work} is done"]):
             time.sleep(0.2)
         return unet.read(path)
-    given = {key: value.clone() if isinstance(value, torch.Tensor) else value
-             for key, value in inputs.items()}
+    given = copy.deepcopy(inputs)                          # a function may work in place
     if make is train_unet:                                 # it goes on where it was cut off
         given["unfinished"] = c.run / f"{work}.unfinished"
     torch.manual_seed(c.seed)                              # for those who draw from torch's own
@@ -629,26 +612,14 @@ def every_option():
     return found
 
 
-def value_of(option, default, text):
-    """The text of an option as a value of its default's kind: "1,2" is (1, 2) where that is a
-    tuple. Raises BadInput if it is none."""
-    kind = int if default is None else type(default)
-    if kind is str:
-        return text
-    if option == "protections":
-        return tuple(filter(None, text.split(",")))
-    try:
-        value = ast.literal_eval(f"({text},)" if kind is tuple and text else text or "()")
-        if option.endswith(".noise_batches") and value is None:
-            return None
-        return float(value) if kind is float else {kind: value}[type(value)]
-    except (ValueError, SyntaxError, TypeError, KeyError):
-        raise BadInput(f"--{option} {text}: expected a value such as {default}") from None
+def numbers(text):
+    """Comma-separated numbers as a tuple: numbers("1,2") is (1, 2), and numbers("") is ()."""
+    return tuple(float(n) if "." in n else int(n) for n in text.split(",") if n)
 
 
-CHOICES = {"data": DATASETS, "purifier": PURIFIERS, "victim": VICTIMS, "view": VIEWS,
-           "optimizer": OPTIMIZERS, "evaluate": ("validation", "test"),
-           "shared": ("image", "class", "all")}
+KINDS = {float: float, str: str, tuple: numbers}  # other defaults' options are ints
+CHOICES = {"purifier": PURIFIERS, "victim": VICTIMS, "view": VIEWS, "optimizer": OPTIMIZERS,
+           "evaluate": ("validation", "test"), "shared": ("image", "class", "all")}
 # How many of something; --limit shortens them
 COUNTS = ("protected", "unprotected", "validation", "test", "epochs", "steps", "rounds",
           "surrogates", "train_batches", "noise_steps", "batches", "batch_size")
@@ -659,25 +630,31 @@ def parse(argv):
     known = every_option()
     source = Path(__file__).read_text(encoding="utf-8")    # in which the options stand
     block = source[source.index("DEFAULTS = {"):source.index("\n\n# What differs")]
-    others = "".join(f"    {option} {value}\n" for option, value in known.items())
-    says = "\n".join((block, inspect.getsource(Sampler), fit.__doc__, min_min.__doc__, others))
+    says = "\n".join((block, inspect.getsource(Sampler), fit.__doc__, min_min.__doc__))
+    hidden = argparse.SUPPRESS
     parser = Parser(prog="train.py", usage="train.py [all | ddpm] [--OPTION VALUE ...]",
                     description=__doc__, epilog=says.replace("%", "%%"), allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    argument_default=hidden, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("all", "ddpm"), help="default all")
     parser.add_argument("--config", choices=CONFIGS, action="append", default=[],
                         help="default: shapes or photographs; given twice, the second adds to it")
-    for option in known:
-        parser.add_argument(f"--{option}", dest=option, help=argparse.SUPPRESS)
+    for option, default in known.items():
+        kind = KINDS.get(type(default), int)
+        if option == "protections":
+            kind = partial(str.split, sep=",")
+        choices = CHOICES.get(option.rpartition(".")[2])
+        parser.add_argument(f"--{option}", dest=option, type=kind, choices=choices, help=hidden)
     if not argv or argv[0].startswith("-"):
         argv = ["all", *argv]
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise BadInput(f"{unknown[0]}: no such option; those of `python -m studies.own` are "
                        "--published and --unprotected")
-    asked = {option: value_of(option, default, vars(given)[option])
-             for option, default in known.items() if vars(given)[option] is not None}
+    asked = {option: value for option, value in vars(given).items() if option in known}
     options, data = dict(known), asked.get("data", DEFAULTS["data"])
+    if data not in DATASETS:
+        raise BadInput(f"--data {data}: expected one of {', '.join(DATASETS)}; for a folder, "
+                       "`python -m studies.own`")
     if not {"shapes", "photographs"} & set(given.config):
         options |= CONFIGS["shapes" if data == "shapes" else "photographs"]
     for name in given.config:
@@ -689,9 +666,9 @@ def parse(argv):
             options[option] = min(value, options["limit"])
     c = nested(options)
     check(c, options)
-    parts = [Path(data).name, *given.config, *[f"limit{c.limit}"] * bool(c.limit)]
-    parts = [part for part in parts if part != "quick"]    # the story goes on from the quick look
-    c.run, c.store = Path(c.out or f"runs/{'-'.join(parts)}"), None
+    parts = [Path(data).name, *given.config, f"limit{c.limit}" * (c.limit > 0)]
+    lasting = [part for part in parts if part not in ("", "quick")]  # from which the story goes on
+    c.run, c.store = Path(c.out or f"runs/{'-'.join(lasting)}"), None
     print(f"{c.run}, on {DEVICE}:", *[f"{option}={value}" for option, value in asked.items()])
     return given.stage, c
 
@@ -711,24 +688,21 @@ def check(c, options):
     """Raise BadInput, naming the option, where a value makes no sense."""
     for option, value in options.items():
         word = option.rpartition(".")[2]
-        if word in CHOICES and value not in ("", *CHOICES[word]):
-            raise BadInput(f"--{option} {value}: expected one of {', '.join(CHOICES[word])}"
-                           + "; for a folder, `python -m studies.own`" * (option == "data"))
         counts = word in (*COUNTS, "lr") and isinstance(value, (int, float))
         if counts and not 0 < value < 2 ** 31:
             raise BadInput(f"--{option} {value}: expected a number above 0")
+    levels = c.ddpm["levels"]
     for option, fits, expected in (
             ("seed", 0 <= c.seed < 2 ** 31, "0 to 2 ** 31"),
-            ("limit", c.limit == 0 or c.limit > 1, "2 or more"),
+            ("limit", c.limit != 1 and c.limit >= 0, "2 or more"),
             ("epsilon", 1 <= c.epsilon <= 255, "1 to 255"),
-            ("ddpm.levels", 1 <= c.ddpm["levels"] <= unet.T, f"1 to {unet.T}"),
+            ("ddpm.levels", 1 <= levels <= unet.T, f"1 to {unet.T}"),
             ("ddpm.tilt", 0 <= c.ddpm["tilt"] <= 10, "0 to 10"),
             # below 8, oneDNN (torch 2.13.0) errs in gradients of strides where AVX2 is the best
             ("resnet.widths", min(c.resnet["widths"], default=0) >= 8, "8 or more each"),
-            ("protections", c.protections and set(c.protections) <= set(PROTECTIONS),
-             ",".join(PROTECTIONS)),
-            ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"],
-             f"at most --ddpm.levels, {c.ddpm['levels']}, which the U-Net learns")):
+            ("protections", set(c.protections) <= set(PROTECTIONS), ",".join(PROTECTIONS)),
+            ("sampler.t_star", c.sampler["t_star"] <= levels,
+             f"at most --ddpm.levels, {levels}, which the U-Net learns")):
         if not fits:
             raise BadInput(f"--{option}: expected {expected}")
     Sampler(**c.sampler)
@@ -751,11 +725,11 @@ def claim(c):
     c.run.mkdir(parents=True, exist_ok=True)
     note = c.run / "data.txt"
     before = os.fsdecode(note.read_bytes()) if note.exists() else ""
-    # a folder that is no longer there has been moved; nothing yet: another process is writing
-    if before != c.data and (before in DATASETS or before and Path(before).exists()):
+    if before == c.data:
+        return
+    if before in DATASETS or before and Path(before).exists():  # if not, it has been moved
         raise BadInput(f"{c.run} belongs to --data {before}; give another --out")
-    if before != c.data:
-        note.write_bytes(os.fsencode(c.data))
+    note.write_bytes(os.fsencode(c.data))
 
 
 def main(argv=None):

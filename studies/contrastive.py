@@ -21,7 +21,7 @@ def class_codes(classes, size, epsilon, seed):
 def coded(c, sets):
     """The protected images, and their codes as they may be published or stay beside them."""
     images, labels = sets["protected"]
-    classes = train.count_classes(sets)
+    classes = c.classes
     codes = class_codes(classes, images.shape[-1], c.epsilon / 255, c.seed)[labels]
     return {
         "clean": images,

@@ -93,7 +93,7 @@ def foreign(c, n):
 def shift(c, sets, count, protection="em-sample"):
     """The protected half of the classes, purified by what has seen other images."""
     c.evaluate = "validation"
-    half = train.count_classes(sets) // 2
+    half = c.classes // 2
     images, labels = sets["unprotected"]
     net, distance = networks(c, sets)
     others = {

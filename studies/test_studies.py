@@ -702,10 +702,10 @@ def test_main_interrupted_leaves_nothing_half_written_and_says_how_to_go_on(
 
 @pytest.mark.parametrize("arguments, message", [
     (["--classifier.epoch", "3"], "--classifier.epoch"), (["evaluate"], "evaluate"),
-    (["--classifier.epochs", "many"], "--classifier.epochs many: expected a value such as 6"),
-    (["--sampler.steps", "3.5"], "--sampler.steps 3.5: expected a value such as 4"),
+    (["--classifier.epochs", "many"], "--classifier.epochs: invalid int value: 'many'"),
+    (["--sampler.steps", "3.5"], "--sampler.steps: invalid int value: '3.5'"),
     (["--noise.em-class.shared", "row"], "--noise.em-class.shared"),
-    (["--resnet.strides", "2,x"], "--resnet.strides 2,x: expected a value such as (2, 2, 2)"),
+    (["--resnet.strides", "2,x"], "--resnet.strides: invalid numbers value: '2,x'"),
     (["--images.protected", "0"], "--images.protected 0"), (["--seed", str(2 ** 45)], "--seed"),
     (["--sampler.pixel_weight", "1e999"], "finite weights"), (["--ddpm.lr", "-1"], "--ddpm.lr -1"),
     (["--evaluate", "train"], "--evaluate"), (["--victim", "oracle"], "--victim"),
@@ -811,9 +811,10 @@ def moved(images, labels, victim, *, epsilon, seed, report, dx=0, steps=(1, 2)):
 
 def test_parse_takes_any_options_of_a_protection_of_ones_own(monkeypatch):
     monkeypatch.setitem(PROTECTIONS, "moved", Protection(moved))
-    c = configured("--limit", 2, "--noise.moved.dx", "-1", "--noise.em-class.noise_batches", "None")
+    c = configured("--limit", 2, "--noise.moved.dx", "-1", "--noise.em-sample.noise_batches", "9")
     assert c.noise["moved"] == dict(dx=-1, steps=(1, 2))
-    assert c.noise["em-class"]["noise_batches"] is None
+    assert c.noise["em-sample"]["noise_batches"] == 9
+    assert configured().noise["em-sample"]["noise_batches"] is None
     with pytest.raises(BadInput, match="--seed: expected 0 to"):
         configured("--seed", "-1")
 
@@ -1144,7 +1145,7 @@ def test_main_help_shows_the_options_as_they_stand_in_the_code(capsys):
     said = capsys.readouterr().out
     for line in ('"seed": 0,                     # of the images, the networks and the noise',
                  "t_star: int = 100              # noise level", "momentum       of its gradient",
-                 "lr             the highest learning rate", "noise.cp-class.surrogates 7"):
+                 "lr             the highest learning rate", '"vgg_weights": ""}'):
         assert line in said
 
 
