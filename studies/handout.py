@@ -9,8 +9,13 @@ too, fail and say what is expected.
 import argparse
 import ast
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
+
+if not __package__:
+    print("expected `python -m studies.handout`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 import le
 from le import BadInput

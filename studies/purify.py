@@ -229,7 +229,7 @@ def main(argv=None):
         tempfile.TemporaryFile(dir=folder).close()         # look before the work
         clean = partial(purify_on_device, net, distance, sampler)
         parts = hashes(dict(code=purify_any, sampler=sampler, unet=net, perceptual=distance))
-        parts |= dict(seed=options.seed, Python=f"{sys.version_info.major}.{sys.version_info.minor}")
+        parts |= dict(seed=options.seed, Python=list(sys.version_info[:2]))
         unread = 0
         if options.source.is_dir():
             unread = purify_folder(pairs(options.source, options.out), clean, parts, net.multiple)
