@@ -170,7 +170,8 @@ def published_images(c, path, images, labels):
     if n > len(images):
         raise BadInput(f"{path}: {n} images, but the training set of {c.data} has {len(images)}")
     whose = f"the {classes} classes" if class_wise else f"the first {n} training images, in order"
-    print(f"{path}: {key} {given} {'UEs' if noise is None else 'perturbations'}, of {whose}")
+    kind = "UEs" if noise is None else "perturbations"
+    print(f"{f'{path}: {key}'.rstrip(': ')}: {given} {kind}, of {whose}")
     protected = spaced(len(images), n) if class_wise else range(n)
     left = sorted(set(range(len(images))) - set(protected))
     if noise is None:
