@@ -90,10 +90,9 @@ def divisions(root):
 def say_divisions(root, found):
     """Say what is taken for what, and what for nothing."""
     if found:
-        names = [f"{path.name} for {name}" for name, path in found.items()]
-        others = [path.name for path in beside(root, found)]
-        nothing = f"; {listed(others)} left out" if others else ""
-        print(f"{root}: taken are {', '.join(names)}{nothing}")
+        names = [f"{path.name} is taken for {name}" for name, path in found.items()]
+        names += [f"{path.name} is left out" for path in beside(root, found)]
+        print(f"{root}: {', '.join(names)}")
 
 
 def may_be_classes(found, others):
@@ -168,15 +167,21 @@ def spaced(n, count):
 
 
 def in_proportion(counts, n):
-    """n images, divided in these proportions: at least one for each, or, where there are fewer, one
-    for each of the largest. in_proportion(dict(a=60, b=30, c=10), 10) is dict(a=6, b=3, c=1)."""
-    largest = sorted(counts, key=counts.get, reverse=True)
-    if n <= len(counts):
-        return {name: int(name in largest[:n]) for name in counts}
-    whole = sum(counts.values())
+    """n images, divided in these proportions, at least one for each where there are as many:
+    in_proportion(dict(a=60, b=30, c=10), 10) is dict(a=6, b=3, c=1)."""
+    whole, largest = sum(counts.values()), max(counts, key=counts.get)
     found = {name: max(1, count * n // whole) for name, count in counts.items()}
-    found[largest[0]] += n - sum(found.values())           # what is left over, or too much
+    found[largest] += n - sum(found.values())              # what is left over, or too much
     return found
+
+
+def of_a_small_class(counts, n, before):
+    """The same of fewer images than sets: one for the largest set, and for those that have got the
+    least of their share of the images before, {set: how many}."""
+    largest = max(counts, key=counts.get)
+    shares = {name: before[name] / count for name, count in counts.items() if name != largest}
+    first = [largest, *sorted(shares, key=shares.get)][:n]
+    return {name: int(name in first) for name in counts}
 
 
 def divided_by_class(images, labels, counts, seed, limit=0):
@@ -186,8 +191,12 @@ def divided_by_class(images, labels, counts, seed, limit=0):
     places = {name: [] for name in counts}
     for label in labels.unique():
         own = order[labels[order] == label]
-        parts = own.split(list(in_proportion(counts, len(own)).values()))
-        for name, part in zip(counts, parts):
+        if len(own) < len(counts):
+            before = {name: len(found) for name, found in places.items()}
+            share = of_a_small_class(counts, len(own), before)
+        else:
+            share = in_proportion(counts, len(own))
+        for name, part in zip(counts, own.split(list(share.values()))):
             places[name] += part.tolist()
     rank, sets = order.argsort(), {}
     for name, found in places.items():

@@ -18,7 +18,6 @@ All other options are those of `train.py`. Images are cropped to their central s
 of several frames the first is taken. Of a folder, which is divided in proportion to --images, all
 images are used, each class divided alike.
 """
-import argparse
 import io
 import os
 import sys
@@ -131,12 +130,13 @@ def source(c, root):
     known = divisions(root)
     say_divisions(root, known)
     pool = known.get("train", Path(root))
+    images, labels, _ = folder(pool, c.size)
     classes, sets = classes_in(pool), {}
     for name in ("validation", "test"):
         if name in known:
             sets[name] = given_division(root, known[name], c.size, classes, c.limit)
     sets = {name: part for name, part in sets.items() if part}
-    return folder(pool, c.size)[:2], classes, sets
+    return (images, labels), classes, sets
 
 
 def whose_for_the_unet(c, images, labels, classes, sets, left, published, unprotected):

@@ -72,8 +72,8 @@ def test_open_image_turns_takes_the_first_frame_and_refuses(tmp_path, monkeypatc
     Image.new("F", (9, 9)).save(tmp_path / "f.tif")
     Image.new("LAB", (9, 9)).save(tmp_path / "lab.tif")
     (tmp_path / "text.png").write_text("not an image")
-    wrong = {"deep.png": "16 bits", "grey.png": "16 bits", "f.tif": "mode F", "text.png": "readable",
-             "lab.tif": "mode LAB", "bomb.png": "readable"}
+    wrong = {"deep.png": "16 bits", "grey.png": "16 bits", "f.tif": "mode F", "lab.tif": "mode LAB",
+             "text.png": "readable", "bomb.png": "readable"}
     picture("RGB").save(tmp_path / "bomb.png")
     for name, message in wrong.items():
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 if name == "bomb.png" else None)
@@ -194,8 +194,9 @@ def test_fuzz_open_image_and_read_arrays_and_load_raise_BadInput_or_read(tmp_pat
     originals = {}
     for name, kind in kinds.items():
         content = io.BytesIO()
-        more = dict(save_all=True, append_images=[picture("RGB")]) if kind in ("GIF", "TIFF") else {}
-        picture("RGB", (12, 10)).save(content, kind, **more)
+        more = [picture("RGB")] if kind in ("GIF", "TIFF") else []
+        options = dict(save_all=True, append_images=more) if more else {}
+        picture("RGB", (12, 10)).save(content, kind, **options)
         originals[name] = files.open_image, content.getvalue()
     for name in ("a.npy", "a.npz", "a.pt"):
         stored(tmp_path / name, as_bytes(images(2, 4)).numpy())

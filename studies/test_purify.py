@@ -1,5 +1,4 @@
 """Tests of purifying one's own images: studies/purify.py, and arrays.py of any size."""
-import json
 import os
 from dataclasses import replace
 
@@ -125,7 +124,8 @@ def test_main_makes_again_what_is_damaged_or_of_another_source_or_seed(
     said = capsys.readouterr()
     assert "1 files could not be read" in said.err and "0.png: not a readable image" in said.err
     assert "2 of 5 are there already and are kept; 1 do not say what they" in said.out
-    assert {name: path.read_bytes() for name, path in files_in(out).items()} == first | {"c.png": own}
+    second = {name: path.read_bytes() for name, path in files_in(out).items()}
+    assert second == first | {"c.png": own}
     (source / "0.png").unlink()
     picture("RGB").rotate(180).save(source / "a.png")
     purified(source, out, *checkpoints)
@@ -145,7 +145,8 @@ def test_main_takes_any_seed_copies_what_is_no_array_and_says_what_an_array_is_o
     purified(source, out, *checkpoints, "--seed", 2 ** 31 - 1)
     made = torch.load(out)
     assert made.pop("images").shape == (2, 3, 16, 16) and made == others
-    for seed, said in ((2 ** 31 - 1, "is there already and is kept\n"), (1, "made again, as seed changed")):
+    again = {2 ** 31 - 1: "is there already and is kept\n", 1: "made again, as seed changed"}
+    for seed, said in again.items():
         capsys.readouterr()
         purified(source, out, *checkpoints, "--seed", seed)
         assert f"out.pt: {said}" in capsys.readouterr().out
