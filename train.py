@@ -418,7 +418,7 @@ def cifar10(root):
             while archive.fileobj.read(1 << 20):           # to the end, where the checksum is
                 pass
     except Exception as error:                             # tar, gzip and xz raise several kinds
-        raise BadInput(f"--root {root}: not a whole cifar-10-binary.tar.gz ({error})") from None
+        raise BadInput(f"--root {root}: no whole cifar-10-binary.tar.gz ({said(error)})") from None
     parts = []
     for name, content in zip(CIFAR10_FILES, files):
         data = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)

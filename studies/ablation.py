@@ -12,7 +12,12 @@ none, 88 by the released schedule, and 59 by JPEG.
 import io
 import json
 import re
+import sys
 from dataclasses import replace
+
+if not __package__:
+    print("expected `python -m studies.ablation`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch

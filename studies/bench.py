@@ -5,9 +5,14 @@ and what purification costs, after `python train.py ddpm`.
 
 On two cores it says that the released schedule costs 39 times as much as ours.
 """
+import sys
 import time
 from dataclasses import replace
 from functools import partial
+
+if not __package__:
+    print("expected `python -m studies.bench`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch

@@ -11,10 +11,20 @@ from PIL import Image, ImageOps
 
 from unet import BadInput, as_float, read
 
+
+def listed(things, most=3):
+    """The first of some things, as a text: "a, b, c ..."."""
+    return ", ".join(map(str, things[:most])) + " ..." * (len(things) > most)
+
+
 # -- Image files -----------------------------------------------------------------------------------
 
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
           ".ppm", ".pgm")
+# Modes that say the same in another form. Of the others (I, F, LAB) one would have to guess which
+# value is black
+SAME_IN = {"1": "L", "La": "LA", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB", "RGBX": "RGB",
+           "RGBa": "RGBA"}
 
 
 def refuse(error):
@@ -22,21 +32,31 @@ def refuse(error):
 
 
 def image_files(folder):
-    """The files under a folder that are images by their names; and the other files and the links to
-    folders, which are not followed; sorted. What begins with a dot is of a notebook or of a file
-    system, and does not count. Raises OSError where a folder cannot be read."""
-    images, others = [], []
-    for here, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] != "."]
-        others += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
-        for path in [Path(here, name) for name in names if name[0] != "."]:
-            is_image = path.suffix.lower() in IMAGES and path.is_file()
-            (images if is_image else others).append(path)
+    """The files under a folder that are images by their names, and whatever else is there; sorted.
+
+    Links to folders are followed, after all else, each folder once: a link to one that has been
+    seen is among the others. What begins with a dot is of a notebook or of a file system, and does
+    not count. Raises OSError where a folder cannot be read.
+    """
+    images, others, seen, waiting = [], [], set(), [Path(folder)]
+    while waiting:
+        for here, folders, names in os.walk(waiting.pop(0), onerror=refuse):
+            if os.path.realpath(here) in seen:
+                others.append(Path(here))
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(here))
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            waiting += [Path(here, name) for name in folders if Path(here, name).is_symlink()]
+            for path in [Path(here, name) for name in names if name[0] != "."]:
+                is_image = path.suffix.lower() in IMAGES and path.is_file()
+                (images if is_image else others).append(path)
     return sorted(images), sorted(others)
 
 
 def open_image(path):
-    """The image in a file, upright (EXIF), in mode RGB, RGBA, L or LA; the first of several frames.
+    """The image in a file, upright (EXIF), in mode RGB, RGBA, L or LA. Of several frames, whose
+    number is info["frames"], it is the first.
 
     Raises BadInput if it cannot be read whole, is far too large, or has not 8 bits a channel.
     """
@@ -44,14 +64,26 @@ def open_image(path):
         image = Image.open(path)
         if ";16" in str(image.tile):                       # Pillow would cut an RGB one to 8
             raise ValueError("16 bits a channel, expected 8")
+        frames = getattr(image, "n_frames", 1)
         image = ImageOps.exif_transpose(image)
-        if image.mode == "P" or "transparency" in image.info:
+        if image.mode in ("P", "PA") or "transparency" in image.info:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        elif image.mode in SAME_IN:
+            if image.mode in ("CMYK", "YCbCr"):            # their profile is not one of RGB
+                image.info.pop("icc_profile", None)
+            image = image.convert(SAME_IN[image.mode])
     except Exception as error:                             # decoders raise whatever they like
         raise BadInput(f"{path}: not a readable image ({error})") from None
     if image.mode not in ("RGB", "RGBA", "L", "LA"):
-        raise BadInput(f"{path}: mode {image.mode}; expected RGB or grey of 8 bits, or a palette")
+        raise BadInput(f"{path}: mode {image.mode}; expected 8 bits a channel, in colour or grey")
+    image.info["frames"] = frames
     return image
+
+
+def say_frames(names):
+    """Say of which files only a part is used."""
+    if names:
+        print(f"{len(names)} with several frames, of which the first is taken: {listed(names)}")
 
 
 def pixels_of(image):
@@ -98,16 +130,26 @@ def writes_last(path):
     return Path(path).suffix.startswith(".np")
 
 
-def are_last(array, last):
-    """Whether the channels of images (N, ., ., .) are the last axis; `last` where both could be."""
-    return array.shape[3] == 3 and (last or array.shape[1] != 3)
+def channel_axis(array, last):
+    """Which axis of images (N, ., ., .) holds three channels, or one where none holds three: 1 or
+    3, and that of `last` where both could; None if the array is no images."""
+    if array.ndim != 4 or not array.size or array.dtype.kind not in "biuf":
+        return None
+    for count in (3, 1):
+        for axis in ((3, 1) if last else (1, 3)):
+            if array.shape[axis] == count:
+                return axis
+    return None
 
 
 def channels_second(array, last):
-    """An array (N, 3, H, W) or (N, H, W, 3) as a tensor (N, 3, H, W), None if it is neither."""
-    if array.ndim != 4 or not array.size or 3 not in (array.shape[1], array.shape[3]):
+    """An array of images (N, ., ., .), with three channels or one, as a tensor (N, 3, H, W), or
+    None if it is none."""
+    axis = channel_axis(array, last)
+    if axis is None or array.dtype.itemsize > 8:           # torch has no longer numbers
         return None
-    return torch.from_numpy(np.moveaxis(array, 3, 1) if are_last(array, last) else array)
+    x = torch.from_numpy(np.moveaxis(array, axis, 1))
+    return x.expand(-1, 3, -1, -1)
 
 
 def images_of(array, last=True):
@@ -125,3 +167,7 @@ def described(array):
     if not array.size or array.dtype.kind not in "biuf":
         return f"{array.dtype}, {array.shape}"
     return f"{array.dtype}, {array.shape}, {array.min():.3g} to {array.max():.3g}"
+
+
+def all_described(arrays):
+    return "; ".join(f"{key} {described(array)}".strip() for key, array in arrays.items())

@@ -11,8 +11,13 @@ import argparse
 import ast
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from uuid import uuid4
+
+if not __package__:
+    print("expected `python -m studies.handout`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 import le
 from studies.assignments import ASSIGNMENTS, HERE, defined, scope_of, scopes

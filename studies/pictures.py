@@ -15,6 +15,10 @@ import json
 import sys
 from functools import partial
 
+if not __package__:
+    print("expected `python -m studies.pictures`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 import torch.nn.functional as F
 

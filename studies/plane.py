@@ -18,7 +18,12 @@ nearer to their places, and a little of the protection back; at every level, wit
 weight, most of it. That victims learn more by both than by either can only be seen of images.
 """
 import math
+import sys
 from pathlib import Path
+
+if not __package__:
+    print("expected `python -m studies.plane`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 import torch.nn.functional as F

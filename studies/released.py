@@ -16,6 +16,10 @@ import json
 import sys
 from pathlib import Path
 
+if not __package__:
+    print("expected `python -m studies.released`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 
 import le

@@ -8,6 +8,10 @@ and the victim that it fools, RotNet, an encoder that learns without labels. The
 """
 import sys
 
+if not __package__:
+    print("expected `python -m studies.rotation`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 
 import train

@@ -26,9 +26,14 @@ run's folder. `all` asks one after the other, and goes on where it was cut off.
 """
 import json
 import re
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from inspect import signature
+
+if not __package__:
+    print("expected `python -m studies.scenarios`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 
