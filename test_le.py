@@ -51,6 +51,11 @@ def images(n, size=32):
     return torch.randint(0, 256, (n, 3, size, size)) / 255
 
 
+class Malice:
+    def __reduce__(self):
+        return print, ("this file ran code",)
+
+
 def refusal(main, arguments, capsys, code=2):
     """What a program says on stderr as it stops."""
     with pytest.raises(SystemExit) as stop:

@@ -400,8 +400,7 @@ def drawings(c):
 # -- Data: CIFAR-10 in its official binary layout --------------------------------------------------
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-                   "truck")
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6)) + ("test_batch.bin",)
 
 
@@ -444,8 +443,7 @@ DATASETS = {"shapes": drawings, "cifar10": photographs}
 
 
 def load_data(c):
-    """The four disjoint sets {name: (images, labels)}, and the class names. Raises BadInput if
-    there is no such data, or less of it than asked for."""
+    """The four disjoint sets, {name: (images, labels)}, and the class names. Raises BadInput."""
     sets, classes = DATASETS[c.data](c)
     c.classes = len(classes)
     counts = [f"{len(labels)} {name}" for name, (_, labels) in sets.items()]
@@ -496,8 +494,8 @@ def own_source(name):
 
 
 def files_of(modules):
-    """{file: hash} for the own files among these modules, and for those that they import in turn,
-    but for this file, unless it is named: a new line of the story makes nothing again."""
+    """{file: hash} of the own files among these modules, and of what these import in turn, but for
+    this file, unless it is named: a new line of the story makes nothing again."""
     found, waiting = {}, set(modules)
     while waiting:
         name = waiting.pop()

@@ -27,6 +27,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+if not __package__:
+    print("expected `python -m studies.grade`, from the project's folder", file=sys.stderr)
+    sys.exit(2)
+
 import le
 from studies import handout, submissions
 from studies.assignments import ASSIGNMENTS, HERE, own_tests, tests_in

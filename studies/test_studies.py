@@ -36,7 +36,7 @@ from studies import released, replies, slide
 from studies import purify as own_images
 from studies import rotation, scenarios
 from studies.purifiers import ddim, p_sample, sample
-from test_le import (HERE, JOINT, SMALL, SMALL_VGG, TINY, UNET, agrees, asked_for, awake,
+from test_le import (HERE, JOINT, Malice, SMALL, SMALL_VGG, TINY, UNET, agrees, asked_for, awake,
                      checkpoint, close, configured, images, linear_network, nets, refusal, same,
                      seeded, silent, small_distance, small_run, tiny_unet, wave)
 from unet import (ALPHA_BAR, BETA, DEVICE, T, BadInput, UNet, on_device, posterior, predict_x0,
@@ -231,11 +231,6 @@ def test_save_leaves_nothing_behind_on_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="u.pt: cannot be written"):
         unet.save(tmp_path / "u.pt", {})
     assert not list(tmp_path.iterdir())
-
-
-class Malice:
-    def __reduce__(self):
-        return print, ("this file ran code",)
 
 
 def test_read_runs_no_code(tmp_path, capsys):
