@@ -263,7 +263,8 @@ def linear_probe(encoder, train, test):
     """Percentage of test images that a linear classifier of the encoder's features gets right.
     train and test are (images, labels). Logistic regression on standardised features, the encoder
     frozen, by L-BFGS to convergence: nothing to tune."""
-    x, x_test = in_parts(encoder.features, train[0]), in_parts(encoder.features, test[0])
+    x = in_parts(encoder.features, train[0])
+    x_test = in_parts(encoder.features, test[0])
     mean, std = x.mean(0), x.std(0) + 1e-6
     linear = nn.Linear(x.shape[1], int(train[1].max()) + 1)
     nn.init.zeros_(linear.weight)
@@ -304,7 +305,7 @@ def show(c, sets, rows):
     probed = next((kind for kind in kinds if VICTIMS[kind].probed), "simclr")
     untrained = on_device(victim_in(c, probed, sets).fresh(c.seed)).eval()
     floor = linear_probe(untrained, sets["unprotected"], sets[c.evaluate])
-    results = dict(config=vars(c), rows=rows, floor=round(floor, 2))
+    results = dict(config=vars(c), rows=rows, floor=floor)
     text = json.dumps(results, indent=1, default=str) + "\n"
     (c.run / "results.json").write_text(text, encoding="utf-8")
     print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
