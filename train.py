@@ -306,7 +306,7 @@ def show(c, sets, rows):
     untrained = on_device(victim_in(c, probed, sets).fresh(c.seed)).eval()
     floor = linear_probe(untrained, sets["unprotected"], sets[c.evaluate])
     results = dict(config=vars(c), rows=rows, floor=floor)
-    text = json.dumps(results, indent=1, default=str) + "\n"
+    text = json.dumps(results, indent=1, default=str)
     (c.run / "results.json").write_text(text, encoding="utf-8")
     print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
           f"encoder's probe has {floor:.1f}.\n`python -m studies.pictures` shows {c.run}.")
