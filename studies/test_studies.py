@@ -327,6 +327,38 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
     assert all(torch.allclose(w, resumed[name], atol=1e-6) for name, w in whole.items())
 
 
+class Recorded(torch.optim.Adam):
+    """Adam that notes the learning rate of each step."""
+    rates = []
+
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+def test_train_unet_warms_up_and_lowers_its_rate_along_a_half_cosine(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    monkeypatch.setattr(Recorded, "rates", [])
+    unet.train_unet(tiny_unet(), images(2), levels=20, tilt=1.0, steps=150, batch_size=1, lr=0.01,
+                    ema_decay=0.9, seed=0, report=silent, unfinished=tmp_path / "none")
+    rates = [0.01 * min(1, k / 100) * (1 + math.cos(math.pi * (k - 1) / 150)) / 2
+             for k in range(1, 151)]
+    assert Recorded.rates == pytest.approx(rates)
+
+
+def test_min_min_trains_surrogates_as_huang_et_al_do(monkeypatch):
+    seen = []
+
+    def recorded(parameters, lr, **how):
+        seen.append(dict(lr=lr) | how)
+        return sgd(parameters, lr, **how)
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", recorded)
+    victim = Victim(linear_network, lambda net, x, labels, generator: (net(x), labels))
+    attacks.min_min(images(4, 8), torch.arange(4) % 3, victim, surrogates=2, rounds=2, lr=0.03)
+    assert seen == 2 * [dict(lr=0.03, momentum=0.9, weight_decay=5e-4)]
+
+
 # -- Optimizers, crops, and what functions refuse --------------------------------------------------
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
