@@ -213,7 +213,7 @@ def judge(c, name, sets, ue, le):
 
 
 def kind_of(c, name):
-    """Which victim judges a protection."""
+    """Which victim judges a protection: "simclr" for "cp-class", if --victim names no other."""
     return c.victim or PROTECTIONS[name].victim
 
 
@@ -283,7 +283,7 @@ def linear_probe(encoder, train, test):
 
 
 def recovery(clean, ue, le):
-    """Share of what UEs took from a victim that LEs give back; None if that is a point or less."""
+    """Share of what UEs took that LEs give back: of 90, 10, 70 0.75; None if UEs took 1 or less."""
     return (le - ue) / (clean - ue) if clean - ue > 1 else None
 
 
