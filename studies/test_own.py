@@ -276,6 +276,19 @@ def test_main_ddpm_needs_no_classes_where_it_needs_no_perceptual_distance(tmp_pa
         assert message in said and "a class each" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nowhere"], "--data nowhere: expected shapes, cifar10 or an existing folder"),
+    (["--unprotected", "test"], "--unprotected: expected --published beside it"),
+    (["--published", "nowhere"], "--published nowhere: no such file"),
+    (["--published", ".", "--unprotected", "no"], "--unprotected no: expected test or a folder"),
+    (["--seed", "x"], "--seed x"), (["--data", "."], "folders of images are none"),
+])
+def test_main_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(own.main, arguments, capsys)
+    assert message in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", [
     path.stem for path in Path(own.__file__).parent.glob("*.py")
     if "__main__" in path.read_text() and not path.name.startswith("test_")])
