@@ -46,6 +46,18 @@ def test_purify_any_blends_tiles_without_seams_and_counts_them():
         assert counted == [2 * (i + 1) for i in range(arrays.count_tiles(*size, net.multiple))]
 
 
+def test_purify_any_weighs_tiles_by_how_far_a_pixel_is_from_their_edges(nets):
+    x = images(1, 44)[:, :, :32]
+    left, right = [purify(*nets, x[..., j:j + 32], JOINT, [5 * 1_000_003 + k])
+                   for k, j in enumerate((0, 12))]
+    weight = torch.tensor([min(i + 1, 32 - i, 8) for i in range(32)])
+    a, b = weight[12:], weight[:20]                        # where they overlap
+    middle = (a * left[..., 12:] + b * right[..., :20]) / (a + b)
+    expected = torch.cat([left[..., :12], middle, right[..., 20:]], dim=3)
+    made = arrays.purify_any(*nets, x, JOINT, [5], tile=32, overlap=8)
+    assert (made - expected).abs().max() <= 0.501 / 255
+
+
 # -- studies/purify.py -----------------------------------------------------------------------------
 
 @pytest.fixture
@@ -155,6 +167,9 @@ def test_main_takes_any_seed_copies_what_is_no_array_and_says_what_an_array_is_o
         capsys.readouterr()
         purified(source, out, *checkpoints, "--seed", seed)
         assert f"out.pt: {said}" in capsys.readouterr().out
+    purified(source, out, *checkpoints, "--seed", 1, "--key", "rest")
+    said = capsys.readouterr().out
+    assert "made again, as keys changed" in said and "first: float32" in said
     (tmp_path / "out.pt.json").unlink()
     purified(source, out, *checkpoints)
     assert "kept, though no out.pt.json says what it was made of" in capsys.readouterr().out
