@@ -54,6 +54,14 @@ def image_files(folder):
     return sorted(images), sorted(others)
 
 
+def is_deep(image):
+    """Whether an image has more than 8 bits a channel, which Pillow would cut to 8 in silence."""
+    for codec, _, _, args in image.tile:
+        if ";16" in str(args) or codec == "ppm" and args[1] > 255:
+            return True
+    return False
+
+
 def open_image(path):
     """The image in a file, upright (EXIF), in mode RGB, RGBA, L or LA. Of several frames, whose
     number is info["frames"], it is the first.
@@ -62,7 +70,7 @@ def open_image(path):
     """
     try:
         image = Image.open(path)
-        if ";16" in str(image.tile):                       # Pillow would cut an RGB one to 8
+        if is_deep(image):
             raise ValueError("16 bits a channel, expected 8")
         frames = getattr(image, "n_frames", 1)
         image = ImageOps.exif_transpose(image)

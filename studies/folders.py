@@ -213,7 +213,7 @@ def say_what_is_missing(root, sets, classes):
         present = set(labels.tolist())
         missing = [classes[k] for k in range(len(classes)) if k not in present]
         if missing:
-            print(f"{root}: too few images of {listed(missing)}, so {name} has none of it")
+            print(f"{root}: {name} has no image of {listed(missing)}: too few for every set")
 
 
 def check_sizes(root, sets):

@@ -188,7 +188,8 @@ def of_a_folder(c, root, published, unprotected, only_networks):
         sets |= divided(images[order], labels[order], counts)
     else:
         sets |= divided_by_class(images, labels, counts, c.seed, c.limit)
-    say_what_is_missing(root, sets, classes)
+    if not c.limit:
+        say_what_is_missing(root, sets, classes)
     if not only_networks:
         check_sizes(root, sets)
     return sets, classes

@@ -169,6 +169,11 @@ def checkpoint_of(net):
     return dict(config=net.config, weights=net.state_dict())
 
 
+def write(out, checkpoint):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unet.save(out, checkpoint)
+
+
 def main(argv=None):
     parser = le.Parser(prog="studies.released", description=__doc__, allow_abbrev=False,
                        formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,18 +186,17 @@ def main(argv=None):
         if len(options.files) != (1 if options.kind == "cifar10" else 2):
             raise BadInput("expected unet FILE OUT, vgg16 FILE OUT or cifar10 OUT")
         source, out = options.files[0], options.files[-1]
-        out.parent.mkdir(parents=True, exist_ok=True)
         if options.kind == "cifar10":
             download(CIFAR10, out)
         elif options.kind == "unet":
-            unet.save(out, checkpoint_of(any_unet(source)))
+            write(out, checkpoint_of(any_unet(source)))
         else:
             if options.download:
                 download(VGG16, source)
                 download(LPIPS, options.lpips)
             distance = any_distance(source, options.lpips)
             weights = [w.detach() for w in distance.weights]
-            unet.save(out, checkpoint_of(distance.vgg) | dict(lpips=weights))
+            write(out, checkpoint_of(distance.vgg) | dict(lpips=weights))
         print(f"{out}: written")
 
 

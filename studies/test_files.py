@@ -68,12 +68,13 @@ def test_open_image_turns_takes_the_first_frame_and_refuses(tmp_path, monkeypatc
     first = np.array(two.convert("RGB")).astype(int)
     assert np.abs(first - np.array(picture("RGB"))).mean() < 20 and two.info["frames"] == 2
     (tmp_path / "deep.png").write_bytes(base64.b64decode(DEEP_PNG))
+    (tmp_path / "deep.ppm").write_bytes(b"P6 1 1 65535\n" + bytes(6))
     Image.new("I;16", (9, 9)).save(tmp_path / "grey.png")
     Image.new("F", (9, 9)).save(tmp_path / "f.tif")
     Image.new("LAB", (9, 9)).save(tmp_path / "lab.tif")
     (tmp_path / "text.png").write_text("not an image")
     wrong = {"deep.png": "16 bits", "grey.png": "16 bits", "f.tif": "mode F", "lab.tif": "mode LAB",
-             "text.png": "readable", "bomb.png": "readable"}
+             "text.png": "readable", "bomb.png": "readable", "deep.ppm": "16 bits"}
     picture("RGB").save(tmp_path / "bomb.png")
     for name, message in wrong.items():
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 if name == "bomb.png" else None)

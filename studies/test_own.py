@@ -237,7 +237,7 @@ def test_each_class_is_divided_alike_and_too_small_ones_are_named(tmp_path, caps
     rare = {name: (labels == 1).sum().item() for name, (_, labels) in sets.items()}
     assert rare == dict(protected=1, unprotected=1, validation=0, test=0)
     said = capsys.readouterr().out
-    assert "too few images of dog, so validation has none of it" in said and "so test has" in said
+    assert "validation has no image of dog: too few" in said and "test has no image of dog" in said
     others, *_ = loaded("--data", tmp_path / "d", "--seed", 1)
     assert counts(others) == counts(sets) and sum(counts(sets).values()) == 62
     class_folders(tmp_path / "few", 1)
@@ -274,6 +274,19 @@ def test_main_ddpm_needs_no_classes_where_it_needs_no_perceptual_distance(tmp_pa
     for arguments, message in (asked, "--sampler.perceptual_weight 0"), (command, "`ddpm` alone"):
         said = refusal(own.main, arguments, capsys)
         assert message in said and "a class each" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nowhere"], "--data nowhere: expected shapes, cifar10 or an existing folder"),
+    (["--unprotected", "test"], "--unprotected: expected --published beside it"),
+    (["--published", "nowhere"], "--published nowhere: no such file"),
+    (["--published", ".", "--unprotected", "no"], "--unprotected no: expected test or a folder"),
+    (["--seed", "x"], "--seed x"), (["--data", "."], "folders of images are none"),
+])
+def test_main_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(own.main, arguments, capsys)
+    assert message in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", [

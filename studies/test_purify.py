@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 import unet
-from le import purify
+from le import Sampler, purify
 from studies import arrays
 from studies import purify as own_images
 from studies.test_files import picture
 from studies.test_published import stored
 from test_le import FREE, JOINT, TINY, checkpoint, images, nets, refusal, same, seeded
-from unet import UNet, as_bytes
+from unet import UNet, as_bytes, seed_of
 
 
 # -- Images of any size ----------------------------------------------------------------------------
@@ -44,6 +44,18 @@ def test_purify_any_blends_tiles_without_seams_and_counts_them():
         y = arrays.purify_any(net, None, x, sampler, [0, 1], report=counted.append)
         assert y.shape == x.shape and (y - 0.5).abs().max() < 0.06 and y.std() > 0
         assert counted == [2 * (i + 1) for i in range(arrays.count_tiles(*size, net.multiple))]
+
+
+def test_purify_any_weighs_tiles_by_how_far_a_pixel_is_from_their_edges(nets):
+    x = images(1, 44)[:, :, :32]
+    left, right = [purify(*nets, x[..., j:j + 32], JOINT, [5 * 1_000_003 + k])
+                   for k, j in enumerate((0, 12))]
+    weight = torch.tensor([min(i + 1, 32 - i, 8) for i in range(32)])
+    a, b = weight[12:], weight[:20]                        # where they overlap
+    middle = (a * left[..., 12:] + b * right[..., :20]) / (a + b)
+    expected = torch.cat([left[..., :12], middle, right[..., 20:]], dim=3)
+    made = arrays.purify_any(*nets, x, JOINT, [5], tile=32, overlap=8)
+    assert (made - expected).abs().max() <= 0.501 / 255
 
 
 # -- studies/purify.py -----------------------------------------------------------------------------
@@ -84,7 +96,7 @@ def test_main_purifies_a_folder_to_pngs_and_says_what_it_leaves_out(tmp_path, ch
     (source / "g").symlink_to(tmp_path / "others")         # an image, and a way back
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "loop").symlink_to(source)
-    frames = [picture("RGB").rotate(90)] * 3
+    frames = [picture("RGB").rotate(90)]
     picture("RGB").save(tmp_path / "others" / "h.gif", save_all=True, append_images=frames)
     purified(source, out, *checkpoints)
     said = capsys.readouterr().out
@@ -138,18 +150,26 @@ def test_main_makes_again_what_is_damaged_or_of_another_source_or_seed(
 
 
 def test_main_takes_any_seed_copies_what_is_no_array_and_says_what_an_array_is_of(
-        tmp_path, checkpoints, capsys):
+        tmp_path, checkpoints, nets, capsys):
     source, out = tmp_path / "in.pt", tmp_path / "out.pt"
     others = dict(classes=["cat", "dog"], note=None, meta=dict(epsilon=8))
-    torch.save(dict(images=images(2, 16), **others), source)
-    purified(source, out, *checkpoints, "--seed", 2 ** 31 - 1)
+    x, seed = images(3, 16), 2 ** 31 - 1
+    torch.save(dict(first=x[:1], rest=x[1:], **others), source)
+    purified(source, out, *checkpoints, "--seed", seed)
     made = torch.load(out)
-    assert made.pop("images").shape == (2, 3, 16, 16) and made == others
+    seeds = [seed_of(seed, place) for place in range(3)]   # each image's own, of all arrays
+    sampler = Sampler(t_star=12, steps=2, pixel_above=6)
+    expected = arrays.purify_any(*nets, x, sampler, seeds)
+    same(torch.cat([made.pop("first"), made.pop("rest")]), expected)
+    assert made == others
     again = {2 ** 31 - 1: "is there already and is kept\n", 1: "made again, as seed changed"}
     for seed, said in again.items():
         capsys.readouterr()
         purified(source, out, *checkpoints, "--seed", seed)
         assert f"out.pt: {said}" in capsys.readouterr().out
+    purified(source, out, *checkpoints, "--seed", 1, "--key", "rest")
+    said = capsys.readouterr().out
+    assert "made again, as keys changed" in said and "first: float32" in said
     (tmp_path / "out.pt.json").unlink()
     purified(source, out, *checkpoints)
     assert "kept, though no out.pt.json says what it was made of" in capsys.readouterr().out
