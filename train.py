@@ -445,6 +445,7 @@ DATASETS = {"shapes": drawings, "cifar10": photographs}
 
 def load_data(c):
     """The four disjoint sets, {name: (images, labels)}, and the class names. Raises BadInput."""
+    torch.manual_seed(c.seed)                              # for a set that draws from torch's own
     sets, classes = DATASETS[c.data](c)
     c.classes = len(classes)
     counts = [f"{len(labels)} {name}" for name, (_, labels) in sets.items()]
@@ -463,7 +464,6 @@ def divided(images, labels, counts):
 
 
 # -- What is kept: a result, beside hashes of its inputs and of the files that its code is in ------
-
 # Where installed packages are; every other source file counts as somebody's own
 INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 INSTALLED.add(sysconfig.get_path("purelib", sysconfig.get_preferred_scheme("user")))

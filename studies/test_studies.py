@@ -561,6 +561,20 @@ def test_cached_tells_lambdas_apart_and_what_they_have_captured(tmp_path, capsys
         assert f"lambda: {word}" in capsys.readouterr().out
 
 
+def drawn(c):
+    """A data set that draws from torch's own numbers, as the README's does."""
+    return train.divided(torch.rand(8, 3, 32, 32), torch.arange(8) % 2, c.images), ("a", "b")
+
+
+def test_load_data_gives_the_same_images_each_time_where_a_set_draws_from_torchs_own(monkeypatch):
+    monkeypatch.setitem(train.DATASETS, "drawn", drawn)
+    c = configured("--limit", 2, "--data", "drawn")
+    (first, _), (second, _) = [train.load_data(c)[0]["test"] for _ in range(2)]
+    same(first, second)
+    c.seed += 1
+    assert not torch.equal(train.load_data(c)[0]["test"][0], first)
+
+
 def test_cached_makes_again_what_was_made_before_an_edit_that_came_while_it_ran(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
