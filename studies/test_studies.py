@@ -555,7 +555,11 @@ def test_cached_tells_lambdas_apart_and_what_they_have_captured(tmp_path, capsys
     def adding(n):
         return lambda x: x + n
     for function, word in ((adding(1), "made"), (adding(1), "kept"), (adding(2), "made again"),
-                           (lambda x: x + 1, "made again"), (lambda x: x + 2, "made again")):
+                           (lambda x: x + 1, "made again"), (lambda x: x + 2, "made again"),
+                           (lambda x: x.sin(), "made again"), (lambda x: x.cos(), "made again"),
+                           (lambda x: sum(y + 1 for y in [x]), "made again"),
+                           (lambda x: sum(y + 2 for y in [x]), "made again"),
+                           (lambda x: sum(y + 2 for y in [x]), "kept")):
         made = train.cached(c, "lambda", applied, function=function, x=torch.ones(1))["made"]
         same(made, function(torch.ones(1)))
         assert f"lambda: {word}" in capsys.readouterr().out
