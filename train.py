@@ -484,7 +484,7 @@ def own_source(name):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            source = resolve_name("." * node.level + (node.module or ""), module.__package__)
+            source = resolve_name("." * node.level + (node.module or ""), module.__package__ or ".")
             names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
         elif isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
             node.body = node.body[ast.get_docstring(node) is not None:]

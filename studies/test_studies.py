@@ -549,6 +549,14 @@ def test_cached_shows_nothing_old_after_an_edit_of_ones_own_file(
     assert made() == again and made() == set()
 
 
+def test_own_source_reads_a_script_that_tries_to_import_from_its_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "try:\n    from . import near\nexcept ImportError:\n    import near\n"
+    (tmp_path / "alone.py").write_text(text)
+    (tmp_path / "near.py").write_text("x = 1\n")
+    assert [Path(file).name for file in train.files_of(["alone"])] == ["alone.py", "near.py"]
+
+
 def test_cached_tells_lambdas_apart_and_what_they_have_captured(tmp_path, capsys):
     c = configured("--out", tmp_path)
 
