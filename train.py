@@ -25,7 +25,7 @@ from functools import cache, partial
 from hashlib import sha256
 from importlib.util import find_spec, module_from_spec, resolve_name
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -120,8 +120,6 @@ CONFIGS = {
                                    step=0.1, batch_size=512))
     | named("noise.cp-sample", dict(surrogates=1, rounds=40, train_batches=20, noise_steps=5,
                                     step=0.1, batch_size=512))}
-
-torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down
 
 
 # -- The story -------------------------------------------------------------------------------------
@@ -270,7 +268,6 @@ def linear_probe(encoder, train, test):
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
     def loss():
         optimizer.zero_grad()
         decay = 1e-4 * linear.weight.square().sum()
@@ -445,6 +442,7 @@ DATASETS = {"shapes": drawings, "cifar10": photographs}
 
 def load_data(c):
     """The four disjoint sets, {name: (images, labels)}, and the class names. Raises BadInput."""
+    torch.manual_seed(c.seed)                              # for a set that draws from torch's own
     sets, classes = DATASETS[c.data](c)
     c.classes = len(classes)
     counts = [f"{len(labels)} {name}" for name, (_, labels) in sets.items()]
@@ -463,7 +461,6 @@ def divided(images, labels, counts):
 
 
 # -- What is kept: a result, beside hashes of its inputs and of the files that its code is in ------
-
 # Where installed packages are; every other source file counts as somebody's own
 INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 INSTALLED.add(sysconfig.get_path("purelib", sysconfig.get_preferred_scheme("user")))
@@ -487,7 +484,7 @@ def own_source(name):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            source = resolve_name("." * node.level + (node.module or ""), module.__package__)
+            source = resolve_name("." * node.level + (node.module or ""), module.__package__ or ".")
             names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
         elif isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
             node.body = node.body[ast.get_docstring(node) is not None:]
@@ -534,8 +531,10 @@ class Inputs(pickle.Pickler):
             values = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
             values += [getattr(thing, key, None) for key in ("__defaults__", "__kwdefaults__")]
             if thing.__name__ == "<lambda>":               # its file may have several
-                values += [thing.__code__.co_code, repr(thing.__code__.co_consts)]
+                values.append(thing.__code__)
             return str, (thing.__qualname__, values)
+        if isinstance(thing, CodeType):                    # of a lambda, or of a loop within it
+            return str, (thing.co_code, thing.co_names, thing.co_consts)
         return NotImplemented
 
 
@@ -745,6 +744,7 @@ def main(argv=None):
 
 # what runs is what was read, so it is looked at now
 files_of([name for name in list(sys.modules) if own_source(name)])
+torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down
 
 if __name__ == "__main__":
     main()

@@ -27,6 +27,11 @@ def blank(width, height):
     return canvas, ImageDraw.Draw(canvas)
 
 
+def number(value):
+    """A value in four digits at most; -0 is 0."""
+    return f"{value + 0.0:.4g}"
+
+
 def write(draw, place, text, fill="black", anchor="la"):
     """Text, of one line or more; the anchor la means that its left top corner is at the place."""
     align = "center" if anchor[0] == "m" else "left"
@@ -36,12 +41,13 @@ def write(draw, place, text, fill="black", anchor="la"):
 def width_of(texts):
     """Pixels that the longest line of some texts takes."""
     lines = [line for text in texts for line in str(text).split("\n")]
-    return max((FONT.getlength(line) for line in lines), default=0)
+    return max(map(FONT.getlength, lines), default=0)
 
 
 def height_of(texts):
     """Pixels that the lines of the highest of some texts take."""
-    return LINE * max((str(text).count("\n") + 1 for text in texts), default=0)
+    counts = [str(text).count("\n") + 1 for text in texts]
+    return LINE * max(counts, default=0)
 
 
 def wrapped(text, width):
@@ -56,12 +62,22 @@ def wrapped(text, width):
     return "\n".join(lines)
 
 
+def enlarged(image, width, height):
+    """An image (3, H, W) in [0, 1] as a picture of this size, whose pixels stay squares."""
+    pixels = as_bytes(image).permute(1, 2, 0)
+    picture = Image.fromarray(pixels.numpy())
+    return picture.resize((width, height), Image.Resampling.NEAREST)
+
+
 def grid(path, rows, titles=(), notes=(), zoom=0, gap=4):
     """A picture of rows of images of one size, (text, [(3, H, W), ...]) each, under titles; below
     them rows of notes, (text, [text, ...]) each. Unless `zoom` says how many pixels become of one,
     an image becomes about 96 pixels high."""
-    zoom = zoom or max(1, 96 // rows[0][1][0].shape[1])
-    height, width = [zoom * side for side in rows[0][1][0].shape[1:]]
+    _, first = rows[0]
+    _, pixels_down, pixels_across = first[0].shape
+    zoom = zoom or max(1, 96 // pixels_down)
+    height = zoom * pixels_down
+    width = zoom * pixels_across
     below = [note for _, row in notes for note in row]
     across = max(width, width_of([*titles, *below]) + gap) + gap
     down = max(height, LINE) + gap
@@ -76,14 +92,13 @@ def grid(path, rows, titles=(), notes=(), zoom=0, gap=4):
         top = header + i * down
         write(draw, (EDGE, top + height // 2), text, anchor="lm")
         for j, image in enumerate(images):
-            pixels = as_bytes(image).permute(1, 2, 0)
-            picture = Image.fromarray(pixels.numpy())
-            picture = picture.resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (round(margin + j * across), top))
+            left = round(margin + j * across)
+            canvas.paste(enlarged(image, width, height), (left, top))
     for i, (text, row) in enumerate(notes):
-        write(draw, (EDGE, bottom + i * LINE), text)
+        top = bottom + i * LINE
+        write(draw, (EDGE, top), text)
         for j, note in enumerate(row):
-            write(draw, (margin + j * across, bottom + i * LINE), note)
+            write(draw, (margin + j * across, top), note)
     canvas.save(path)
 
 
@@ -117,10 +132,10 @@ class Axes:
 def draw_axes(draw, axes, marks):
     """Lines at round values of y, and marks of the x axis, {x: text}."""
     for y in round_steps(*axes.ys):
-        left = axes.place(axes.xs[0], y)
-        right = axes.place(axes.xs[1], y)
-        draw.line((*left, *right), fill=LINES)
-        write(draw, (left[0] - EDGE, left[1]), f"{y + 0.0:.4g}", anchor="rm")
+        _, down = axes.place(axes.xs[0], y)
+        left, right = axes.across
+        draw.line((left, down, right, down), fill=LINES)
+        write(draw, (left - EDGE, down), number(y), anchor="rm")
     for x, text in marks.items():
         across, bottom = axes.place(x, axes.ys[0])
         write(draw, (across, bottom + EDGE), text, anchor="ma")
@@ -137,7 +152,8 @@ def draw_label(draw, label, box, text, colour):
     nearest = np.clip((x, y), box[:2], box[2:])
     if np.abs(nearest - (x, y)).max() > 12:
         draw.line((x, y, *nearest), fill=colour)
-    write(draw, (box[0], (box[1] + box[3]) / 2), text, colour, "lm")
+    left, top, _, bottom = box
+    write(draw, (left, (top + bottom) / 2), text, colour, "lm")
 
 
 def draw_series(draw, axes, points, colour):
@@ -173,7 +189,7 @@ def plot(series, x_label, y_label, y_range, marks=None, size=(1000, 600)):
     names = [name for name, _ in series]
     top = height_of([title]) + 3 * EDGE
     bottom = height - 2 * LINE - 3 * EDGE
-    left = width_of([f"{y + 0.0:.4g}" for y in round_steps(*y_range)]) + 3 * EDGE
+    left = width_of([number(y) for y in round_steps(*y_range)]) + 3 * EDGE
     right = width - width_of(names) - 6 * EDGE             # beside it are the names
     xs = [x for _, points in series for x, *_ in points]
     low = min(xs)
@@ -185,7 +201,8 @@ def plot(series, x_label, y_label, y_range, marks=None, size=(1000, 600)):
     write(draw, (left, height - LINE - EDGE), x_label)
     write(draw, (EDGE, EDGE), title)
     draw_names(draw, names, right + 4 * EDGE, top)
-    taken = [np.array([right + 3 * EDGE, top, width, top + height_of(["\n".join(names)])])]
+    names_bottom = top + height_of(["\n".join(names)])
+    taken = [np.array([right + 3 * EDGE, top, width, names_bottom])]
     labels = []
     texts = []
     for i, (_, points) in enumerate(series):
@@ -208,8 +225,9 @@ def accuracy_in(text):
 
 def with_accuracies(rows):
     """The first column of a table [{column: text}], and those others that have an accuracy."""
-    first, *columns = rows[0]
-    return first, [column for column in columns if any(accuracy_in(row[column]) for row in rows)]
+    first, *others = rows[0]
+    columns = [column for column in others if any(accuracy_in(row[column]) for row in rows)]
+    return first, columns
 
 
 def plot_columns(rows, title, size=(900, 520)):
@@ -226,15 +244,15 @@ def plot_columns(rows, title, size=(900, 520)):
     return plot(series, first, title, (0, 100), marks, size)
 
 
-def draw_row_axes(draw, axes, rows):
-    """A line at each fifth of 100 %, and what each row is."""
+def draw_row_axes(draw, axes, names):
+    """A line at each fifth of 100 %, and the name of each row."""
     for accuracy in range(0, 101, 20):
         x, top = axes.place(accuracy, 0)
         draw.line((x, top - LINE, x, axes.down[1]), fill=LINES)
         write(draw, (x, top - LINE), str(accuracy), anchor="md")
-    for i, row in enumerate(rows):
+    for i, name in enumerate(names):
         _, y = axes.place(0, i)
-        write(draw, (EDGE, y), str(next(iter(row.values()))), anchor="lm")
+        write(draw, (EDGE, y), name, anchor="lm")
 
 
 def draw_accuracy(draw, axes, place, accuracy, colour):
@@ -250,8 +268,9 @@ def draw_accuracy(draw, axes, place, accuracy, colour):
 def plot_rows(rows, title, length=560, step=34):
     """The same where rows have names: a line of dots for each row, in a colour for each column.
     Pixels: `length` of 100 %, `step` from row to row."""
-    _, columns = with_accuracies(rows)
-    left = width_of([next(iter(row.values())) for row in rows]) + 4 * EDGE
+    first, columns = with_accuracies(rows)
+    names = [str(row[first]) for row in rows]
+    left = width_of(names) + 4 * EDGE
     right = left + length
     width = right + width_of(columns) + 7 * EDGE
     title = wrapped(title, width - 2 * EDGE)
@@ -260,7 +279,7 @@ def plot_rows(rows, title, length=560, step=34):
     canvas, draw = blank(width, max(bottom, top + LINE * len(columns)))
     axes = Axes((0, 100), (0, len(rows)), (left, right), (top, bottom))
     write(draw, (EDGE, EDGE), title)
-    draw_row_axes(draw, axes, rows)
+    draw_row_axes(draw, axes, names)
     draw_names(draw, columns, right + 5 * EDGE, top - LINE / 2)
     for j, column in enumerate(columns):
         colour = COLOURS[j % len(COLOURS)]

@@ -73,7 +73,9 @@ def overview(c, sets, classes, path):
     shown = {}
     for name in c.protections:
         found = versions(c, name, sets)
-        shown[name] = tuple(of_each_class(sets, found[what]) for what in ("UE", "LE"))
+        ue = of_each_class(sets, found["UE"])
+        learnable = of_each_class(sets, found["LE"])
+        shown[name] = ue, learnable
     labels = of_each_class(sets, sets["protected"][1])
     titles = [str(classes[k])[:10] for k in labels]
     grid(path, side_by_side(sets, shown), titles)
@@ -88,8 +90,9 @@ def forward_rows(original, ue, eps, t):
     """What noise eps (3, H, W) of level t makes of a UE: the noisy UE; what is left of it without
     the original, which is perturbation and noise; and the noise alone. All in pixels of [0, 1]."""
     noisy = unet.q_sample(ue[None] * 2 - 1, t, eps[None])[0]
-    picture = unet.ALPHA_BAR[t].sqrt().item() * (original * 2 - 1)
-    noise = (1 - unet.ALPHA_BAR[t]).sqrt().item() * eps
+    alpha_bar = unet.ALPHA_BAR[t]
+    picture = alpha_bar.sqrt().item() * (original * 2 - 1)
+    noise = (1 - alpha_bar).sqrt().item() * eps
     return noisy / 2 + 0.5, (noisy - picture) / 2, noise / 2
 
 
@@ -99,16 +102,19 @@ def forward(c, sets, classes, path, levels=(0, 10, 36, 100, 300, 1000), scale=3)
     name = c.protections[0]
     original = sets["protected"][0][:3][-1]                # the third, where there are three
     ue = train.protect(c, name, sets)[:3][-1]
-    eps = torch.randn(original.shape, generator=torch.Generator().manual_seed(c.seed))
+    generator = torch.Generator().manual_seed(c.seed)
+    eps = torch.randn(original.shape, generator=generator)
+    around_its_mean = original - original.mean((1, 2), keepdim=True)
     rows = {f"{name} UE and noise": [], f"without the picture, x{scale}": [],
             f"the noise alone, x{scale}": []}
     sizes = {"rms of the picture": [], "of the perturbation": [], "of the noise": []}
     for t in levels:
         noisy, left, noise = forward_rows(original, ue, eps, t)
-        for row, image in zip(rows.values(), (noisy, 0.5 + scale * left, 0.5 + scale * noise)):
+        images = noisy, 0.5 + scale * left, 0.5 + scale * noise
+        for row, image in zip(rows.values(), images):
             row.append(image)
         kept = unet.ALPHA_BAR[t].sqrt().item()
-        parts = kept * (original - original.mean((1, 2), keepdim=True)), left - noise, noise
+        parts = kept * around_its_mean, left - noise, noise
         for row, part in zip(sizes.values(), parts):
             row.append(f"{rms(part):.3f}")
     titles = [f"level {t}" for t in levels]
@@ -131,10 +137,12 @@ def strip(c, sets, classes, path):
         y = on_device(ue[None] * 2 - 1)
         draw = partial(normal_like, y, torch.Generator().manual_seed(c.seed))
         with torch.no_grad():
-            way = list(le.denoise(net, distance, y, sampler, draw))[-sampler.steps - 1:]
-        way = [xt[0].cpu() / 2 + 0.5 for xt in way]
-        rows.append((name, [original, ue, *way]))
-    grid(path, rows, ["original", "UE", *(f"t = {t}" for t in visited), "LE"])
+            way = list(le.denoise(net, distance, y, sampler, draw))
+        last_round = way[-sampler.steps - 1:]
+        images = [xt[0].cpu() / 2 + 0.5 for xt in last_round]
+        rows.append((name, [original, ue, *images]))
+    levels = [f"t = {t}" for t in visited]
+    grid(path, rows, ["original", "UE", *levels, "LE"])
 
 
 def curves(c, sets, classes, path):
@@ -150,7 +158,8 @@ def draw_curves(c, sets, kind, path, title):
     for name, images in versions_of(c, sets, against(c, kind)).items():
         victim = train.victim_in(c, kind, sets)
         _, losses = train.fitted(c, f"{kind}-{name}", victim, images, sets)
-        series.append((name, [(i, loss, 0, "") for i, loss in enumerate(losses, 1)]))
+        points = [(epoch, loss, 0, "") for epoch, loss in enumerate(losses, 1)]
+        series.append((name, points))
     if series:
         values = [loss for _, points in series for _, loss, *_ in points]
         low = min(values)
@@ -173,7 +182,8 @@ def confusion(c, sets, classes, path):
         matrices[name] = 0.94 + (blue - 0.94) * share
     rows = []
     for i in range(n):
-        rows.append((str(classes[i])[:16], [matrix[:, i:i + 1] for matrix in matrices.values()]))
+        cells = [matrix[:, i:i + 1] for matrix in matrices.values()]
+        rows.append((str(classes[i])[:16], cells))
     if matrices:
         grid(path, rows, list(matrices), zoom=24)
 
@@ -238,7 +248,8 @@ def main(argv=None):
                     old.unlink()
                 picture(c, sets, classes, path)
                 drawn = sorted(map(str, c.run.glob(f"{name}*.png")))
-                print(", ".join(drawn) or f"{name}: there is nothing to draw yet", file=sys.stderr)
+                says = ", ".join(drawn) or f"{name}: there is nothing to draw yet"
+                print(says, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -581,16 +581,42 @@ def test_cached_shows_nothing_old_after_an_edit_of_ones_own_file(
     assert made() == again and made() == set()
 
 
+def test_own_source_reads_a_script_that_tries_to_import_from_its_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "try:\n    from . import near\nexcept ImportError:\n    import near\n"
+    (tmp_path / "alone.py").write_text(text)
+    (tmp_path / "near.py").write_text("x = 1\n")
+    assert [Path(file).name for file in train.files_of(["alone"])] == ["alone.py", "near.py"]
+
+
 def test_cached_tells_lambdas_apart_and_what_they_have_captured(tmp_path, capsys):
     c = configured("--out", tmp_path)
 
     def adding(n):
         return lambda x: x + n
     for function, word in ((adding(1), "made"), (adding(1), "kept"), (adding(2), "made again"),
-                           (lambda x: x + 1, "made again"), (lambda x: x + 2, "made again")):
+                           (lambda x: x + 1, "made again"), (lambda x: x + 2, "made again"),
+                           (lambda x: x.sin(), "made again"), (lambda x: x.cos(), "made again"),
+                           (lambda x: sum(y + 1 for y in [x]), "made again"),
+                           (lambda x: sum(y + 2 for y in [x]), "made again"),
+                           (lambda x: sum(y + 2 for y in [x]), "kept")):
         made = train.cached(c, "lambda", applied, function=function, x=torch.ones(1))["made"]
         same(made, function(torch.ones(1)))
         assert f"lambda: {word}" in capsys.readouterr().out
+
+
+def drawn(c):
+    """A data set that draws from torch's own numbers, as the README's does."""
+    return train.divided(torch.rand(8, 3, 32, 32), torch.arange(8) % 2, c.images), ("a", "b")
+
+
+def test_load_data_gives_the_same_images_each_time_where_a_set_draws_from_torchs_own(monkeypatch):
+    monkeypatch.setitem(train.DATASETS, "drawn", drawn)
+    c = configured("--limit", 2, "--data", "drawn")
+    (first, _), (second, _) = [train.load_data(c)[0]["test"] for _ in range(2)]
+    same(first, second)
+    c.seed += 1
+    assert not torch.equal(train.load_data(c)[0]["test"][0], first)
 
 
 def test_cached_makes_again_what_was_made_before_an_edit_that_came_while_it_ran(
