@@ -42,6 +42,8 @@ from test_le import (HERE, JOINT, Malice, SMALL, SMALL_VGG, TINY, UNET, agrees, 
 from unet import (ALPHA_BAR, BETA, DEVICE, T, BadInput, UNet, on_device, posterior, predict_x0,
                   q_sample)
 
+pytest_plugins = "studies.grading"
+
 # -- Samplers, rotations ---------------------------------------------------------------------------
 
 def test_sample_strided_over_all_levels_is_ancestral_sampling():
@@ -328,7 +330,6 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
 
 
 class Recorded(torch.optim.Adam):
-    """Adam that notes the learning rate of each step."""
     rates = []
 
     def step(self, closure=None):
@@ -338,7 +339,6 @@ class Recorded(torch.optim.Adam):
 
 def test_train_unet_warms_up_and_lowers_its_rate_along_a_half_cosine(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", Recorded)
-    monkeypatch.setattr(Recorded, "rates", [])
     unet.train_unet(tiny_unet(), images(2), levels=20, tilt=1.0, steps=150, batch_size=1, lr=0.01,
                     ema_decay=0.9, seed=0, report=silent, unfinished=tmp_path / "none")
     rates = [0.01 * min(1, k / 100) * (1 + math.cos(math.pi * (k - 1) / 150)) / 2
@@ -347,12 +347,11 @@ def test_train_unet_warms_up_and_lowers_its_rate_along_a_half_cosine(tmp_path, m
 
 
 def test_min_min_trains_surrogates_as_huang_et_al_do(monkeypatch):
-    seen = []
+    seen, sgd = [], torch.optim.SGD
 
     def recorded(parameters, lr, **how):
         seen.append(dict(lr=lr) | how)
         return sgd(parameters, lr, **how)
-    sgd = torch.optim.SGD
     monkeypatch.setattr(torch.optim, "SGD", recorded)
     victim = Victim(linear_network, lambda net, x, labels, generator: (net(x), labels))
     attacks.min_min(images(4, 8), torch.arange(4) % 3, victim, surrogates=2, rounds=2, lr=0.03)
