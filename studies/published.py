@@ -231,8 +231,8 @@ def without_originals(arguments):
         if set(c.protections) != {"published"}:
             raise BadInput(f"--protections {','.join(c.protections)}: there are no originals; "
                            "expected published alone")
-        train.claim(c)
         sets, _ = train.load_data(c)
+        train.claim(c)
         distance = train.train_vgg(c, sets)
         net = train.train_ddpm(c, sets)
         if stage == "ddpm":
