@@ -281,7 +281,8 @@ def test_main_ddpm_needs_no_classes_where_it_needs_no_perceptual_distance(tmp_pa
     (["--unprotected", "test"], "--unprotected: expected --published beside it"),
     (["--published", "nowhere"], "--published nowhere: no such file"),
     (["--published", ".", "--unprotected", "no"], "--unprotected no: expected test or a folder"),
-    (["--seed", "x"], "--seed x"), (["--data", "."], "folders of images are none"),
+    (["--seed", "x"], "--seed: invalid int value"),
+    (["--data", "."], "folders of images are none"),
 ])
 def test_main_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
