@@ -75,7 +75,7 @@ class PerceptualDistance(nn.Module):
         self.weights = nn.ParameterList(weights).requires_grad_(False)
         if [len(w) for w in weights] != channels or any((w < 0).any() for w in weights):
             raise BadInput(f"need non-negative weights for {channels} channels, "
-                             f"got {[len(w) for w in weights]}")
+                           f"got {[len(w) for w in weights]}")
 
     def embed(self, x):
         """Five maps (B, c_l, h_l, w_l) whose squared differences add up to the distance."""

@@ -230,7 +230,7 @@ class UNet(nn.Module):
     def forward(self, xt, t):
         if xt.shape[-1] % self.multiple or xt.shape[-2] % self.multiple:
             raise BadInput(f"this U-Net takes sides that are multiples of {self.multiple}, "
-                             f"not {tuple(xt.shape[-2:])}")
+                           f"not {tuple(xt.shape[-2:])}")
         if not isinstance(t, torch.Tensor):
             t = torch.full((len(xt),), t, device=xt.device)
         temb = time_embedding(t - 1, self.width).to(xt.dtype)  # released weights count from 0
