@@ -304,9 +304,9 @@ def show(c, sets, rows):
     floor = linear_probe(untrained, sets["unprotected"], sets[c.evaluate])
     results = dict(config=vars(c), rows=rows, floor=floor)
     text = json.dumps(results, indent=1, default=str)
-    (c.run / "results.json").write_text(text, encoding="utf-8")
     print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
           f"encoder's probe has {floor:.1f}.\n`python -m studies.pictures` shows {c.run}.")
+    (c.run / "results.json").write_text(text, encoding="utf-8")
 
 
 # -- Data: shapes ----------------------------------------------------------------------------------

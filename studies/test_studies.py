@@ -539,16 +539,16 @@ lambdas = [lambda x: x + 1, lambda x: x + 2]
 ways = dict(plain=plain, lambda_=lambdas[0], partial=functools.partial(scaled, factor=2),
             file=functools.partial(read, path=pathlib.Path("noise.txt")))
 """
-FILES = {"mine/own.py": OWN, "mine/helper.py": "def twice(x):\n    return 2 * x\n",
+FILES = {"brought/own.py": OWN, "brought/helper.py": "def twice(x):\n    return 2 * x\n",
          "elsewhere.py": "def once(x):\n    return 1 * x\n", "noise.txt": "loud"}
 ALL = {"plain", "lambda_", "partial", "file"}
 
 
 @pytest.mark.parametrize("edited, old, new, again", [
-    ("mine/own.py", "# one", "# another comment", set()),
-    ("mine/own.py", "What the file holds", "Another docstring", set()),
-    ("mine/own.py", "+ 1  #", "+ 3  #", ALL),
-    ("mine/helper.py", "2 * x", "3 * x", ALL),             # two calls away
+    ("brought/own.py", "# one", "# another comment", set()),
+    ("brought/own.py", "What the file holds", "Another docstring", set()),
+    ("brought/own.py", "+ 1  #", "+ 3  #", ALL),
+    ("brought/helper.py", "2 * x", "3 * x", ALL),             # two calls away
     ("elsewhere.py", "1 * x", "4 * x", ALL),               # and where nobody has been yet
     ("noise.txt", "loud", "silent", {"file"}),
 ])
@@ -558,17 +558,17 @@ def test_cached_shows_nothing_old_after_an_edit_of_ones_own_file(
     monkeypatch.chdir(tmp_path / "my-packages")
     monkeypatch.syspath_prepend(tmp_path / "my-packages")
     c = configured("--out", tmp_path)
-    Path("mine").mkdir()
+    Path("brought").mkdir()
     for name, content in FILES.items():
         Path(name).write_bytes(content.encode("utf-8-sig"))  # as Windows' editors begin a file
         os.utime(name, (4e9, 4e9))                         # a clock that is wrong by decades
 
     def made():
         train.own_source.cache_clear()                     # as if the program began
-        for module in ("mine.helper", "mine.own", "mine", "elsewhere"):
+        for module in ("brought.helper", "brought.own", "brought", "elsewhere"):
             sys.modules.pop(module, None)
         importlib.invalidate_caches()
-        for name, function in importlib.import_module("mine.own").ways.items():
+        for name, function in importlib.import_module("brought.own").ways.items():
             train.cached(c, name, applied, function=function, x=torch.ones(1))
         said = capsys.readouterr().out
         return set(re.findall(r"^(\w+): made", said, re.M))
