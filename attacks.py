@@ -35,8 +35,7 @@ def nt_xent_scores(z, temperature=0.5):
 
     z (2B, D): embeddings of B images' first views, then of their second. Returns scores (2B, 2B),
     cosines over the temperature, a view's own at -inf, and the index of its partner (2B,). Their
-    mean cross-entropy is NT-Xent.
-    """
+    mean cross-entropy is NT-Xent."""
     z = F.normalize(z, dim=1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
     scores = (z @ z.T / temperature).masked_fill(own, -math.inf)
@@ -47,8 +46,7 @@ def partner_scores(net, x, labels, generator, view, temperature):
     """Which two views are of one image? SimCLR learns it, contrastive poisoning makes it easy.
 
     view           what the two are made by, such as `simclr_view`; as an option, a name in VIEWS
-    temperature    of NT-Xent
-    """
+    temperature    of NT-Xent"""
     views = torch.cat([view(x, generator), view(x, generator)])
     return nt_xent_scores(net(views), temperature)
 
@@ -97,8 +95,7 @@ def min_min(images, labels, victim, *, shared="image", start=None, surrogates=1,
     lr             the surrogate's learning rate, by SGD
     batch_size     images a batch; in a large one many of a class add up their gradients
     warm_up        more training batches for a surrogate before its first noise step
-    Returns UEs, at most epsilon away from the images, and rounded to 8 bits.
-    """
+    Returns UEs, at most epsilon away from the images, and rounded to 8 bits."""
     generator = torch.Generator().manual_seed(seed)
     # rows (N,): which perturbation of (R, 3, H, W) each image wears
     rows = {"image": torch.arange(len(images)), "class": labels.cpu(),
@@ -393,10 +390,12 @@ class Muon(torch.optim.Optimizer):
 
 
 OPTIMIZERS = {
-    "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True), "muon": Muon}
+    "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True), "muon": Muon,
+    "adam": partial(torch.optim.Adam, betas=(0.9, 0.99), fused=True)}
 
 
-def fit(victim, images, labels, *, epochs, batch_size, lr, seed, report, optimizer="sgd"):
+def fit(victim, images, labels, *, epochs=6, batch_size=64, lr=0.1, optimizer="sgd", seed,
+        report):
     """Train a fresh network of a victim, where the images are.
 
     epochs         of the victim's training
@@ -439,14 +438,15 @@ VICTIMS = {
                      probed=True)}
 
 
-def victim_of(name, resnet, settings):
-    """The victim of this name, with a run's ResNet, {"classes"} among it, and its own settings."""
-    victim = VICTIMS[name]
+def victim_of(c, name):
+    """The victim of this name, with a run's ResNet, its classes, and its own settings."""
+    victim, settings = VICTIMS[name], vars(c).get(name, {})
     choice = {key: settings[key] for key in victim.choice}
     if "view" in choice:
         choice["view"] = VIEWS[choice["view"]]
     training = {key: settings[key] for key in victim.training}
-    return replace(victim, config=resnet, choice=choice, training=training)
+    return replace(victim, config=c.resnet | dict(classes=c.classes), choice=choice,
+                   training=training)
 
 
 # -- Protections -----------------------------------------------------------------------------------

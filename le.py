@@ -12,6 +12,7 @@ import argparse
 import dis
 import inspect
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -66,10 +67,8 @@ SAMPLERS = {
 
 
 def seen(x, sampler):
-    """What the distances see of images (B, 3, H, W): themselves, or grey values as channels.
-
-    Noise against photographs is mostly colour: grey keeps the picture, the U-Net paints it anew.
-    """
+    """What the distances see of images (B, 3, H, W): themselves, or grey values as channels. Noise
+    against photographs is mostly colour: grey keeps the picture, and the U-Net paints it anew."""
     return x.mean(1, keepdim=True).expand_as(x) if sampler.compare == "grey" else x
 
 
@@ -78,8 +77,7 @@ def guidance(x, y, y_features, t, distance, sampler):
 
     x, y (B, 3, H, W) in [-1, 1], each image's distances its own: the mean squared difference, above
     level pixel_above; and the perceptual distance, at perceptual_below and below. Its y_features
-    are `distance.embed` of y / 2 + 0.5, or None where it does not count.
-    """
+    are `distance.embed` of y / 2 + 0.5, or None where it does not count."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         d = 0 * x.sum()
@@ -92,13 +90,11 @@ def guidance(x, y, y_features, t, distance, sampler):
 
 
 def joint_conditioned_mean(mean, var, t, gradient):
-    """The mean of N(mean, var) when exp(-s_t * gradient . x) tilts it towards the UE (Jiang et al.
-    2023).
+    """The mean of N(mean, var) that exp(-s_t * gradient . x) tilts to the UE (Jiang et al. 2023).
 
     s_t = sqrt((1 - alpha_bar_t) / alpha_bar_t) lets the pull fade with the noise; the weight is in
     the gradient. No pixel is pulled further than one standard deviation of the step: where VGG's
-    features are next to nothing, to scale them to unit length makes their gradient huge.
-    """
+    features are next to nothing, to scale them to unit length makes their gradient huge."""
     return mean - (var * sigma(t) * gradient).clamp(-var.sqrt(), var.sqrt())
 
 
@@ -139,8 +135,7 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
     its weight is 0. seeds (N,) ints, default 0..N-1, are those of each image's own noise, so LEs do
     not depend on batch_size. report(done, total) is called after each batch.
     Raises BadInput if the images are not in [0, 1], if the U-Net cannot take their size or has
-    not learned level t_star, or if what comes out is not finite.
-    """
+    not learned level t_star, or if what comes out is not finite."""
     if sampler.t_star > net.max_level:
         raise BadInput(f"t_star {sampler.t_star}: this U-Net knows levels up to {net.max_level}")
     if len(images) and not 0 <= images.min() <= images.max() <= 1:
@@ -164,33 +159,38 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
     return out
 
 
+def recovery(clean, ue, le):
+    """Share of what UEs took that LEs give back: of 90, 10, 70 0.75; None if UEs took 1 or less."""
+    return (le - ue) / (clean - ue) if clean - ue > 1 else None
+
+
 # A purifier is a function (net, distance, images, sampler, seeds, report) -> images in [0, 1]
 PURIFIERS = {"joint": purify}
 
 
 # -- What every command needs: errors in one line, progress ----------------------------------------
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))           # how many torchrun has started
-RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0  # which of them this one is
+def first():
+    """Whether this process, of torchrun's or a fork of one, is the one of its run that talks."""
+    rank = os.environ["RANK"] if torch.distributed.is_torchelastic_launched() else "0"
+    return rank == "0" and multiprocessing.current_process().name != "helper"
 
 
-def shared_store():
-    """Under torchrun, where its processes agree who does what; else None. Only the first talks."""
-    if PROCESSES == 1:
-        return None
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-    if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    try:
+def shared_store(port=0):
+    """Where processes, of one thread each, agree who does what: torchrun's, a port's, or new."""
+    torch.set_num_threads(1)
+    if torch.distributed.is_torchelastic_launched():
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         return next(torch.distributed.rendezvous("env://"))[0]
-    except ValueError as error:
-        raise BadInput(f"WORLD_SIZE is set, as torchrun does, but: {said(error)}") from None
+    return torch.distributed.TCPStore("localhost", port, is_master=not port, wait_for_workers=False)
 
 
 @contextmanager
 def one_line_errors(program):
     """Within, what a user can mend ends the program with one line and exit code 2."""
+    if not first():
+        sys.stdout = open(os.devnull, "w")
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):     # so that nothing half-written stays
             signal.signal(number, signal.default_int_handler)
@@ -203,7 +203,8 @@ def one_line_errors(program):
         print(f"{program}: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)
+        if first():
+            print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
 
@@ -238,7 +239,7 @@ class Progress:
         self.label, self.shown = label, None
 
     def __call__(self, done, total, **values):
-        now, live = time.monotonic(), sys.stderr.isatty()
+        now, live = time.monotonic(), first() and sys.stderr.isatty()
         if self.shown is None:
             self.start, self.first = now, done             # a resumed job does not begin at 0
         elif done < total and now - self.shown < (0.2 if live else 20):

@@ -20,8 +20,7 @@ class VGG(nn.Module):
     """VGG's five stages of 3x3 convolutions and ReLUs, and a linear classifier on their mean.
 
     The defaults are VGG-16's features, layer for layer as torchvision numbers them
-    (`features.N`); a small one (say width=16, convs=(1, 1, 1, 1, 1)) learns in a minute.
-    """
+    (`features.N`); a small one (say width=16, convs=(1, 1, 1, 1, 1)) learns in a minute."""
 
     def __init__(self, width=64, convs=(2, 2, 3, 3, 3), classes=10):
         super().__init__()
@@ -64,8 +63,7 @@ class PerceptualDistance(nn.Module):
 
     Each feature map is scaled to unit length over its channels; squared differences are weighted
     per channel, averaged over positions and summed over the five stages. `weights`, five
-    non-negative (c_l,) tensors, default to ones.
-    """
+    non-negative (c_l,) tensors, default to ones."""
 
     def __init__(self, vgg, weights=None):
         super().__init__()

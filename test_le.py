@@ -1004,9 +1004,9 @@ def tiny_unet():
 def test_train_unet_averages_the_weights_with_a_decay_that_ramps_up(tmp_path):
     def weights(ema_decay, steps):
         net = tiny_unet()
-        made = unet.train_unet(net, images(4), levels=20, tilt=1.0, steps=steps,
-                                batch_size=4, lr=0.1, ema_decay=ema_decay, seed=0, report=silent,
-                                unfinished=tmp_path / "none")
+        made = unet.train_unet(net, images(4), levels=20, tilt=1.0, steps=steps, batch_size=4,
+                               optimizer=torch.optim.Adam, lr=0.1, ema_decay=ema_decay, seed=0,
+                               report=silent, unfinished=tmp_path / "none")
         assert made["config"]["max_level"] == 20       # what it has learned, not what there is
         return made["weights"]["conv_out.bias"].cpu()
     torch.manual_seed(0)
@@ -1025,9 +1025,9 @@ def test_train_unet_draws_levels_by_their_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(unet, "ddpm_loss", spy)
     for tilt in (0.0, 2.0):
         seen.clear()
-        net = tiny_unet()
-        unet.train_unet(net, images(4), levels=20, tilt=tilt, steps=4, batch_size=500, lr=0.01,
-                         ema_decay=0.9, seed=0, report=silent, unfinished=tmp_path / "none")
+        unet.train_unet(tiny_unet(), images(4), levels=20, tilt=tilt, steps=4, batch_size=500,
+                        lr=0.01, ema_decay=0.9, optimizer=torch.optim.Adam, seed=0,
+                        report=silent, unfinished=tmp_path / "none")
         share = torch.cat(seen).bincount(minlength=21)[1:] / 2000
         variance = (1 - ALPHA_BAR[1:21]) ** (tilt / 2)
         assert (share - variance / variance.sum()).abs().max() < 0.025
@@ -1043,7 +1043,8 @@ def test_train_unet_learns_from_images_in_minus_one_to_one_half_of_them_flipped(
     monkeypatch.setattr(unet, "ddpm_loss", spy)
     x = images(3)
     unet.train_unet(tiny_unet(), x, levels=20, tilt=1.0, steps=2, batch_size=200, lr=0.01,
-                    ema_decay=0.9, seed=0, report=silent, unfinished=tmp_path / "none")
+                    optimizer=torch.optim.Adam, ema_decay=0.9, seed=0, report=silent,
+                    unfinished=tmp_path / "none")
     ways = [(2 * x - 1).flatten(1), (2 * x - 1).flip(3).flatten(1)]
     flipped = 0
     for x0, eps in seen:
@@ -1123,7 +1124,9 @@ def stages(tmp_path, monkeypatch):
     monkeypatch.setitem(train.DATASETS, "coded", coded)
     c = configured(*SMALL, "--data", "coded", "--protections", "em-sample,cp-class", "--config",
                    "shapes", "--out", tmp_path)
-    train.story(c)
+    sets, _ = train.load_data(c)
+    train.claim(c)
+    train.story(c, sets)
     return seen
 
 

@@ -4,7 +4,6 @@
     python train.py                     all protections, on built-in images (shapes)
     python train.py ddpm                only the networks that purification needs
     python train.py --data cifar10 --root cifar-10-binary.tar.gz
-    torchrun --nproc_per_node=2 train.py    by two processes, each at a stage of its own
 
 Read `story` first. What is in runs/ is made again only when what it depends on has changed.
 """
@@ -14,12 +13,14 @@ import copy
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import sys
 import sysconfig
 import tarfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache, partial
 from hashlib import sha256
@@ -35,8 +36,8 @@ import perceptual
 import unet
 from attacks import (EPSILON, OPTIMIZERS, PROTECTIONS, VICTIMS, VIEWS, ResNet, Victim,
                      class_scores, fit, min_min, victim_of)
-from le import (PROCESSES, PURIFIERS, RANK, SAMPLERS, Parser, Progress, Sampler, looked_at,
-                one_line_errors, shared_store, unused_seed)
+from le import (PURIFIERS, SAMPLERS, Parser, Progress, Sampler, first, looked_at, one_line_errors,
+                recovery, shared_store, unused_seed)
 from perceptual import VGG, psnr
 from unet import DEVICE, BadInput, UNet, as_bytes, as_float, on_device, said, seed_of, train_unet
 
@@ -73,12 +74,12 @@ DEFAULTS = {
     "unet.attention": (),          # resolutions that have attention, in patches
     "unet.dropout": 0.0,           # share of the values that are dropped in training
     "unet.patch": 2,               # so many pixels a side are folded into channels
-    "unet_start": "",              # a checkpoint, such as of released weights, to go on from
     "ddpm.levels": 100,            # noise levels 1..levels are learned, no others visited
     "ddpm.tilt": 1.0,              # levels are drawn by their noise's deviation to this power
-    "ddpm.steps": 2000,            # training steps of the U-Net
+    "ddpm.steps": 800,             # training steps of the U-Net
     "ddpm.batch_size": 16,         # images a step
-    "ddpm.lr": 4e-3,               # the highest learning rate
+    "ddpm.optimizer": "muon",      # how it learns: a name in attacks.OPTIMIZERS
+    "ddpm.lr": 0.04,               # the highest learning rate
     "ddpm.ema_decay": 0.999,       # of the moving average of the weights
     "vgg.width": 16,               # channels of the first stage
     "vgg.convs": (1, 1, 1, 1, 1),  # convolutions of each stage
@@ -89,30 +90,29 @@ DEFAULTS = {
     "vgg_weights": ""}             # a checkpoint of VGG-16, in place of training a small one
 
 # What differs from the defaults. All data but shapes are photographs, without being asked
-BY_SGD = {"classifier.optimizer": "sgd", "classifier.batch_size": 128, "classifier.lr": 0.1}
+AS_IN_PAPERS = {"classifier.optimizer": "sgd", "classifier.batch_size": 128, "classifier.lr": 0.1,
+                "ddpm.optimizer": "adam", "simclr.view": "simclr", "images.validation": 500}
 CONFIGS = {
     "shapes": {},
-    "photographs": BY_SGD | {
-        "images.protected": 6000, "images.unprotected": 5500, "images.validation": 500,
-        "images.test": 2400, "resnet.widths": (16, 32, 64, 128), "classifier.epochs": 30,
-        "simclr.epochs": 60, "simclr.lr": 0.2, "simclr.view": "simclr", "simclr.temperature": 0.2,
-        "unet.width": 48, "ddpm.levels": 250, "ddpm.steps": 6000,
+    "photographs": AS_IN_PAPERS | {
+        "images.protected": 6000, "images.unprotected": 5500, "images.test": 2400,
+        "resnet.widths": (16, 32, 64, 128), "classifier.epochs": 30,
+        "simclr.epochs": 60, "simclr.lr": 0.2, "simclr.temperature": 0.2,
+        "unet.width": 48, "ddpm.levels": 250, "ddpm.steps": 6000, "ddpm.lr": 4e-3,
         "perceptual.epochs": 40, "perceptual.optimizer": "sgd", "noise.em-class.rounds": 24,
         "noise.em-sample.rounds": 12} | named("sampler", asdict(SAMPLERS["photographs"])),
     "quick": {"protections": ("em-class",)},
     "released": named("sampler", asdict(SAMPLERS["released"])),
     # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et
     # al., VGG-16; contrastive noise by 20 and 20 batches of 512 and one surrogate
-    "paper": BY_SGD | {
-        "images.protected": 40000, "images.unprotected": 9500, "images.validation": 500,
-        "images.test": 10000, "resnet.widths": (64, 64, 128, 256, 512), "resnet.blocks": 2,
+    "paper": AS_IN_PAPERS | {
+        "images.protected": 40000, "images.unprotected": 9500, "images.test": 10000,
+        "resnet.widths": (64, 64, 128, 256, 512), "resnet.blocks": 2,
         "resnet.strides": (1, 2, 2, 2), "classifier.epochs": 60,
-        "simclr.epochs": 200, "simclr.batch_size": 512, "simclr.view": "simclr",
-        "simclr.temperature": 0.5,
+        "simclr.epochs": 200, "simclr.batch_size": 512, "simclr.temperature": 0.5,
         "unet.width": 128, "unet.mults": (1, 2, 2, 2), "unet.blocks": 2, "unet.attention": (16,),
-        "unet.dropout": 0.1, "unet.patch": 1,
-        "ddpm.levels": 1000, "ddpm.tilt": 0.0, "ddpm.steps": 40000, "ddpm.batch_size": 128,
-        "ddpm.lr": 2e-4, "ddpm.ema_decay": 0.9999,
+        "unet.dropout": 0.1, "unet.patch": 1, "ddpm.levels": 1000, "ddpm.tilt": 0.0,
+        "ddpm.steps": 40000, "ddpm.batch_size": 128, "ddpm.lr": 2e-4, "ddpm.ema_decay": 0.9999,
         "vgg_weights": "runs/vgg16-lpips.pt"}
     | named("noise.em-class", dict(rounds=40, step=0.1))
     | named("noise.em-sample", dict(rounds=10, step=0.1, noise_steps=20, lr=0.1))
@@ -123,13 +123,8 @@ CONFIGS = {
 
 
 # -- The story -------------------------------------------------------------------------------------
-
-def story(c, stage="all"):
+def story(c, sets, stage="all"):
     """The paper: networks from unprotected images; then protect, purify and judge."""
-    sets, _ = load_data(c)
-    claim(c)
-    if stage == "all" and RANK > 0:
-        work_ahead(c, sets)                                # while the first process trains those
     distance = train_vgg(c, sets)                          # first, as it may lack a file
     net = train_ddpm(c, sets)
     if stage == "ddpm":
@@ -140,24 +135,17 @@ def story(c, stage="all"):
         le = make_learnable(c, name, ue, net, distance)
         rows.append(judge(c, name, sets, ue, le))
         del ue, le                                         # before the next ones are made
-    if RANK == 0:
+    if first():
         show(c, sets, rows)
-
-
-def work_ahead(c, sets):
-    """What needs no networks of the unauthorized user: the noise, and victims without LEs."""
-    for name in c.protections:
-        ue = protect(c, name, sets)
-        train_victim(c, kind_of(c, name), "clean", sets["protected"][0], sets)
-        train_victim(c, kind_of(c, name), f"{name}-ue", ue, sets)
 
 
 def train_ddpm(c, sets):
     """The U-Net, trained on the unprotected images only."""
     images, _ = sets["unprotected"]
     torch.manual_seed(c.seed)
-    net = unet.load(c.unet_start) if c.unet_start else UNet(**c.unet, size=images.shape[-1])
-    cached(c, "ddpm", train_unet, net=on_device(net), images=images, seed=c.seed, **c.ddpm)
+    net = UNet(**c.unet, size=images.shape[-1])
+    how = c.ddpm | dict(optimizer=OPTIMIZERS[c.ddpm["optimizer"]])
+    cached(c, "ddpm", train_unet, net=on_device(net), images=images, seed=c.seed, **how)
     return on_device(unet.load(c.run / "ddpm.pt"))
 
 
@@ -181,7 +169,7 @@ def protect(c, name, sets):
     if protection.start:
         how["start"] = on_device(protect(c, protection.start, sets))
     images, labels = sets["protected"]
-    surrogate = replace(victim_in(c, protection.victim, sets), training={})  # it has its own
+    surrogate = replace(victim_of(c, protection.victim), training={})  # it has its own
     made = cached(c, name, protection.make, images=on_device(images), labels=labels.to(DEVICE),
                   victim=surrogate, epsilon=c.epsilon / 255, seed=c.seed, **how)
     ue = as_float(made["images"])
@@ -202,10 +190,10 @@ def make_learnable(c, name, ue, net, distance):
 def judge(c, name, sets, ue, le):
     """A row of the table, by --victim, or by the victim that the protection is made against."""
     kind, images = kind_of(c, name), sets["protected"][0]
-    row = dict(protection=name,
-               clean=train_victim(c, kind, "clean", images, sets),
-               ue=train_victim(c, kind, f"{name}-ue", ue, sets),
+    row = dict(protection=name,                            # with several processes, LEs come last
                le=train_victim(c, kind, f"{name}-le", le, sets),
+               ue=train_victim(c, kind, f"{name}-ue", ue, sets),
+               clean=train_victim(c, kind, "clean", images, sets),
                psnr_ue=psnr(ue, images), psnr_le=psnr(le, images))
     return row | dict(recovery=recovery(row["clean"], row["ue"], row["le"]))
 
@@ -217,7 +205,7 @@ def kind_of(c, name):
 
 def train_victim(c, kind, name, images, sets):
     """Accuracy in percent, on clean images, of a victim of this kind that `images` have taught."""
-    victim = victim_in(c, kind, sets)
+    victim = victim_of(c, kind)
     net, losses = fitted(c, f"{kind}-{name}", victim, images, sets)
     score = round(score_of(c, victim, net, sets), 2)       # the same in the log and the table
     print(f"{kind} on {name}: {score:.1f} %; loss {losses[0]:.2f} to {losses[-1]:.2f}")
@@ -233,11 +221,6 @@ def fitted(c, name, victim, images, sets):
     return net, made["losses"]
 
 
-def victim_in(c, kind, sets):
-    """The victim of this kind, with the settings and classes of the run."""
-    return victim_of(kind, c.resnet | dict(classes=c.classes), vars(c)[kind])
-
-
 def score_of(c, victim, net, sets):
     """Accuracy of a victim's network in percent on clean images; a probe's where it is probed."""
     if victim.probed:
@@ -246,9 +229,9 @@ def score_of(c, victim, net, sets):
 
 
 @torch.no_grad()
-def in_parts(function, images, size=500):
-    """function(images) (N, k) of images (N, 3, H, W), which are on the device `size` at a time."""
-    made = torch.cat([function(on_device(part)).cpu() for part in images.split(size)])
+def in_parts(function, images):
+    """function(images) (N, k) of images (N, 3, H, W), which are on the device 500 at a time."""
+    made = torch.cat([function(on_device(part)).cpu() for part in images.split(500)])
     return looked_at("a victim", made, (len(images), -1))
 
 
@@ -262,11 +245,10 @@ def linear_probe(encoder, train, test):
     train and test are (images, labels). Logistic regression on standardised features, the encoder
     frozen, by L-BFGS to convergence: nothing to tune."""
     x = in_parts(encoder.features, train[0])
-    x_test = in_parts(encoder.features, test[0])
     mean, std = x.mean(0), x.std(0) + 1e-6
     linear = nn.Linear(x.shape[1], int(train[1].max()) + 1)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
     def loss():
         optimizer.zero_grad()
@@ -275,13 +257,9 @@ def linear_probe(encoder, train, test):
         value.backward()
         return value
     optimizer.step(loss)
+    x_test = in_parts(encoder.features, test[0])
     answers = linear((x_test - mean) / std).argmax(1)
     return 100 * (answers == test[1]).float().mean().item()
-
-
-def recovery(clean, ue, le):
-    """Share of what UEs took that LEs give back: of 90, 10, 70 0.75; None if UEs took 1 or less."""
-    return (le - ue) / (clean - ue) if clean - ue > 1 else None
 
 
 def table(rows):
@@ -300,12 +278,11 @@ def show(c, sets, rows):
     """The table on stdout, and results.json in the run's folder."""
     kinds = [kind_of(c, row["protection"]) for row in rows]
     probed = next((kind for kind in kinds if VICTIMS[kind].probed), "simclr")
-    untrained = on_device(victim_in(c, probed, sets).fresh(c.seed)).eval()
+    untrained = on_device(victim_of(c, probed).fresh(c.seed)).eval()
     floor = linear_probe(untrained, sets["unprotected"], sets[c.evaluate])
-    results = dict(config=vars(c), rows=rows, floor=floor)
-    text = json.dumps(results, indent=1, default=str)
     print(f"\n{table(rows)}\n\nAccuracy in percent on clean {c.evaluate} images; an untrained "
           f"encoder's probe has {floor:.1f}.\n`python -m studies.pictures` shows {c.run}.")
+    text = json.dumps(dict(config=vars(c), rows=rows, floor=floor), indent=1, default=str)
     (c.run / "results.json").write_text(text, encoding="utf-8")
 
 
@@ -372,7 +349,7 @@ def shapes(n, seed, size=32):
         rotation = torch.stack([cos, sin, -sin, cos], -1).view(n, 2, 2)
         stretch = torch.stack([stretch, 1 / stretch], -1)
         colour = F.normalize(torch.randn(n, 3, 1, 1, generator=g), dim=1) * 3 ** 0.5
-        colour = colour * uniform(g, 0.25, 0.5, n, 1, 1, 1)
+        colour *= uniform(g, 0.25, 0.5, n, 1, 1, 1)
         too_far = (mean + colour - 0.5).abs() > 0.5        # black or white
         colour = torch.where(too_far, -colour, colour)
         for k, shape in enumerate(SHAPES):                 # one at a time, to need less memory
@@ -396,7 +373,6 @@ def drawings(c):
 
 
 # -- Data: CIFAR-10 in its official binary layout --------------------------------------------------
-
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6)) + ("test_batch.bin",)
@@ -430,7 +406,7 @@ def cifar10(root):
 def photographs(c):
     """The sets of --data cifar10, of which `test` is of the official test batch; class names."""
     (images, labels), test = cifar10(c.root)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(c.seed))
+    order = torch.randperm(len(images))                    # by the seed that `load_data` has set
     counts = dict(c.images)
     sets = divided(*test, dict(test=counts.pop("test")))
     return sets | divided(images[order], labels[order], counts), CIFAR10_CLASSES
@@ -454,8 +430,7 @@ def divided(images, labels, counts):
     """{set: (images, labels)} of the first images, of those that follow, and so on, by {set: how
     many}: divided(x, y, dict(a=2, b=1)) is dict(a=(x[:2], y[:2]), b=(x[2:3], y[2:3]))."""
     if sum(counts.values()) > len(images):
-        asked = " + ".join(f"{n} {name}" for name, n in counts.items())
-        raise BadInput(f"--images: {len(images)} images for {asked}; expected fewer")
+        raise BadInput(f"--images: {len(images)} are too few for {counts}")
     parts = [part[:sum(counts.values())].split(list(counts.values())) for part in (images, labels)]
     return dict(zip(counts, zip(*parts)))
 
@@ -510,10 +485,11 @@ def files_of(modules):
 class Inputs(pickle.Pickler):
     """Hashes what pickle would write of an input, and collects the modules that its code is in."""
 
-    def __init__(self):
+    def __init__(self, value):
         self.hash, self.modules = sha256(), set()
         super().__init__(SimpleNamespace(write=self.hash.update), protocol=4)
         self.fast = True                                   # equal is equal, the same object or not
+        self.dump(value)
 
     def reducer_override(self, thing):
         if isinstance(thing, torch.Tensor):                # in parts, since a copy may be large
@@ -521,8 +497,7 @@ class Inputs(pickle.Pickler):
                 self.hash.update(part.cpu().numpy().tobytes())
             return str, (str(thing.dtype), thing.shape)
         if isinstance(thing, nn.Module):                   # a set has no order to rely on
-            state = {key: sorted(value) if isinstance(value, set) else value
-                     for key, value in vars(thing).items()}
+            state = {key: value for key, value in vars(thing).items() if type(value) is not set}
             return type(thing), (state,)
         if isinstance(thing, Path):                        # a file that somebody's function reads
             return str, (thing.read_bytes(),)
@@ -542,8 +517,7 @@ def hashes(inputs):
     """{input or file: hash} of a result's inputs and of the files that their code is in."""
     found, modules = {}, set()
     for key, value in inputs.items():
-        seen = Inputs()
-        seen.dump(value)
+        seen = Inputs(value)
         found[key] = seen.hash.hexdigest()
         modules |= seen.modules
     return found | files_of(modules)
@@ -558,9 +532,11 @@ def kept(path, parts):
         changed = [key for key in parts | made["parts"] if parts.get(key) != made["parts"].get(key)]
     except (BadInput, KeyError, TypeError, AttributeError):
         return None, f" again, as {path} is damaged,"
-    if "Python" in changed:                                # each has other words for every file
-        changed = ["Python"]
-    return (None, f" again, as {', '.join(changed[:4])} changed,") if changed else (made, "")
+    changed = ["Python"] if "Python" in changed else changed[:4]  # it words every file anew
+    return (None, f" again, as {', '.join(changed)} changed,") if changed else (made, "")
+
+
+TEAM = SimpleNamespace(store=None, waits=True, helpers=[])  # several processes; who does what
 
 
 def cached(c, name, make, /, **inputs):
@@ -574,8 +550,12 @@ def cached(c, name, make, /, **inputs):
         print(f"{name}: kept" + f", made on {made['device']}" * (made["device"] != DEVICE))
         return made
     work = f"{name}.{sha256(repr(parts).encode()).hexdigest()[:8]}"
-    if c.store and c.store.add(work, 1) > 1:               # another process has begun it
-        while not c.store.check([f"{work} is done"]):
+    if TEAM.store and TEAM.store.add(work, 1) > 1:         # another process has begun it
+        if not TEAM.waits:
+            raise BlockingIOError
+        while not TEAM.store.check([f"{work} is done"]):
+            if any(helper.exitcode for helper in TEAM.helpers):
+                raise BadInput(f"{name}: the process that began it has failed")
             time.sleep(0.2)
         return unet.read(path)
     given = copy.deepcopy(inputs)                          # a function may work in place
@@ -586,20 +566,19 @@ def cached(c, name, make, /, **inputs):
     if not isinstance(made, dict):
         if unused_seed(make):
             print(f"{name}: makes no use of its seed")
-        made = looked_at(name, made, inputs["images"].shape, within=(0, 1))
+        made = looked_at(name, made, inputs["images"].shape, (0, 1))
         made = dict(images=as_bytes(made).cpu())
     seconds = time.monotonic() - start
     unet.save(path, made | dict(parts=parts, seconds=seconds, device=DEVICE))
     for unfinished in c.run.glob(f"{name}.*.unfinished"):
         unfinished.unlink()
-    if c.store:
-        c.store.set(f"{work} is done", "")
-    print(f"{name}: made{why} in {seconds:.0f} s", file=sys.__stdout__ if RANK else sys.stdout)
+    if TEAM.store:
+        TEAM.store.set(f"{work} is done", "")
+    print(f"{name}: made{why} in {seconds:.0f} s", file=sys.stdout if first() else sys.__stdout__)
     return unet.read(path)
 
 
 # -- Command line ----------------------------------------------------------------------------------
-
 def every_option():
     """{option: its default}: of DEFAULTS, of the sampler, of victims and protections."""
     found = DEFAULTS | named("sampler", asdict(Sampler()))
@@ -612,20 +591,20 @@ def every_option():
 
 def numbers(text):
     """Comma-separated numbers as a tuple: numbers("1,2") is (1, 2), and numbers("") is ()."""
-    return tuple(float(n) if "." in n else int(n) for n in text.split(",") if n)
+    return tuple(int(n) for n in text.split(",") if n)
 
 
-KINDS = {float: float, str: str, tuple: numbers}  # other defaults' options are ints
+KINDS = {"protections": partial(str.split, sep=","), tuple: numbers, str: str, float: float}
 CHOICES = {"purifier": PURIFIERS, "victim": VICTIMS, "view": VIEWS, "optimizer": OPTIMIZERS,
            "evaluate": ("validation", "test"), "shared": ("image", "class", "all")}
-# How many of something; --limit shortens them
-COUNTS = ("protected", "unprotected", "validation", "test", "epochs", "steps", "rounds",
-          "surrogates", "train_batches", "noise_steps", "batches", "batch_size")
+# How many of something: --limit shortens them
+COUNTS = ("protected", "unprotected", "validation", "test", "epochs", "steps", "rounds", "batches",
+          "surrogates", "train_batches", "noise_steps", "batch_size")
 
 
 def parse(argv):
     """The stage, and the configuration that the arguments ask for."""
-    known = every_option()
+    options = every_option()
     source = Path(__file__).read_text(encoding="utf-8")    # in which the options stand
     block = source[source.index("DEFAULTS = {"):source.index("\n\n# What differs")]
     says = "\n".join((block, inspect.getsource(Sampler), fit.__doc__, min_min.__doc__))
@@ -636,10 +615,8 @@ def parse(argv):
     parser.add_argument("stage", choices=("all", "ddpm"), help="default all")
     parser.add_argument("--config", choices=CONFIGS, action="append", default=[],
                         help="default: shapes or photographs; given twice, the second adds to it")
-    for option, default in known.items():
-        kind = KINDS.get(type(default), int)
-        if option == "protections":
-            kind = partial(str.split, sep=",")
+    for option, default in options.items():
+        kind = KINDS.get(option) or KINDS.get(type(default), int)
         choices = CHOICES.get(option.rpartition(".")[2])
         parser.add_argument(f"--{option}", dest=option, type=kind, choices=choices, help=hidden)
     if not argv or argv[0].startswith("-"):
@@ -648,8 +625,8 @@ def parse(argv):
     if unknown:
         raise BadInput(f"{unknown[0]}: no such option; those of `python -m studies.own` are "
                        "--published and --unprotected")
-    asked = {option: value for option, value in vars(given).items() if option in known}
-    options, data = dict(known), asked.get("data", DEFAULTS["data"])
+    asked = {option: value for option, value in vars(given).items() if option in options}
+    data = (options | asked)["data"]
     if data not in DATASETS:
         raise BadInput(f"--data {data}: expected one of {', '.join(DATASETS)}; for a folder, "
                        "`python -m studies.own`")
@@ -659,14 +636,16 @@ def parse(argv):
         options |= CONFIGS[name]
     options |= asked
     for option, value in options.items():
-        shortened = option.rpartition(".")[2] in (*COUNTS, "warm_up") and option != "sampler.steps"
-        if options["limit"] and shortened and isinstance(value, int):
-            options[option] = min(value, options["limit"])
+        word, number = option.rpartition(".")[2], isinstance(value, (int, float))
+        if number and word in (*COUNTS, "lr") and not 0 < value < 2 ** 31:
+            raise BadInput(f"--{option} {value}: expected a number above 0")
+        if number and word in (*COUNTS, "warm_up") and option != "sampler.steps":
+            options[option] = min(value, options["limit"] or value)
     c = nested(options)
-    check(c, options)
-    parts = [Path(data).name, *given.config, f"limit{c.limit}" * (c.limit > 0)]
-    lasting = [part for part in parts if part not in ("", "quick")]  # from which the story goes on
-    c.run, c.store = Path(c.out or f"runs/{'-'.join(lasting)}"), None
+    check(c)
+    parts = [Path(data).name, *given.config] + [f"limit{c.limit}"][:c.limit]
+    lasting = "-".join(part for part in parts if part != "quick")  # from that the story goes on
+    c.run = Path(c.out or f"runs/{lasting}")
     print(f"{c.run}, on {DEVICE}:", *[f"{option}={value}" for option, value in asked.items()])
     return given.stage, c
 
@@ -675,38 +654,28 @@ def nested(options):
     """The options as a namespace, those with a dot in dicts: c.seed, c.unet["width"]."""
     c = {}
     for option, value in options.items():
-        owner = c
-        for group in option.split(".")[:-1]:
+        (*groups, key), owner = option.split("."), c
+        for group in groups:
             owner = owner.setdefault(group, {})
-        owner[option.rpartition(".")[2]] = value
+        owner[key] = value
     return SimpleNamespace(**c)
 
 
-def check(c, options):
+def check(c):
     """Raise BadInput, naming the option, where a value makes no sense."""
-    for option, value in options.items():
-        word = option.rpartition(".")[2]
-        counts = word in (*COUNTS, "lr") and isinstance(value, (int, float))
-        if counts and not 0 < value < 2 ** 31:
-            raise BadInput(f"--{option} {value}: expected a number above 0")
-    levels = c.ddpm["levels"]
     for option, fits, expected in (
             ("seed", 0 <= c.seed < 2 ** 31, "0 to 2 ** 31"),
             ("limit", c.limit != 1 and c.limit >= 0, "2 or more"),
             ("epsilon", 1 <= c.epsilon <= 255, "1 to 255"),
-            ("ddpm.levels", 1 <= levels <= unet.T, f"1 to {unet.T}"),
+            ("ddpm.levels", 1 <= c.ddpm["levels"] <= unet.T, f"1 to {unet.T}"),
             ("ddpm.tilt", 0 <= c.ddpm["tilt"] <= 10, "0 to 10"),
             # below 8, oneDNN (torch 2.13.0) errs in gradients of strides where AVX2 is the best
-            ("resnet.widths", min(c.resnet["widths"], default=0) >= 8, "8 or more each"),
+            ("resnet.widths", min(c.resnet["widths"] or [0]) >= 8, "8 or more each"),
             ("protections", set(c.protections) <= set(PROTECTIONS), ",".join(PROTECTIONS)),
-            ("sampler.t_star", c.sampler["t_star"] <= levels,
-             f"at most --ddpm.levels, {levels}, which the U-Net learns")):
+            ("sampler.t_star", c.sampler["t_star"] <= c.ddpm["levels"], "at most --ddpm.levels")):
         if not fits:
             raise BadInput(f"--{option}: expected {expected}")
     Sampler(**c.sampler)
-    for name, victim in VICTIMS.items():
-        if not {"epochs", "batch_size", "lr"} <= set(victim.training):
-            raise BadInput(f"VICTIMS {name}: expected training=dict(epochs=, batch_size=, lr=)")
     for option, network, level in (("unet", partial(UNet, **c.unet, size=c.size), [1]),
                                    ("vgg", partial(VGG, **c.vgg), []),
                                    ("resnet", partial(ResNet, **c.resnet, classes=2), [])):
@@ -723,11 +692,37 @@ def claim(c):
     c.run.mkdir(parents=True, exist_ok=True)
     note = c.run / "data.txt"
     before = os.fsdecode(note.read_bytes()) if note.exists() else ""
-    if before == c.data:
-        return
-    if before in DATASETS or before and Path(before).exists():  # if not, it has been moved
+    if before not in ("", c.data) and (before in DATASETS or Path(before).exists()):  # or moved
         raise BadInput(f"{c.run} belongs to --data {before}; give another --out")
-    note.write_bytes(os.fsencode(c.data))
+    if before != c.data:
+        note.write_bytes(os.fsencode(c.data))
+
+
+def side_by_side(c, sets):
+    """Share the stages of the story with forks of this process, one for each protection, or as many
+    as there are threads: one thread makes a stage, on any number of cores, and so the same."""
+    count = min(torch.get_num_threads() - 1, len(c.protections))
+    TEAM.store, fork = shared_store(), multiprocessing.get_context("fork")
+    # a fork has the images, and functions of one's own, without asking where they come from
+    TEAM.helpers = [fork.Process(name="helper", target=help_out, args=(c, sets, TEAM.store.port),
+                                 daemon=True) for _ in range(count)]
+    for helper in TEAM.helpers:
+        helper.start()
+
+
+@one_line_errors("train.py")
+def help_out(c, sets, port=0):
+    """What another process does: what waits for no network of the unauthorized user and nobody has
+    begun, the last protection's first; then whatever is left of the story."""
+    TEAM.store, TEAM.waits, c.protections = shared_store(port), False, c.protections[::-1]
+    for name in c.protections:
+        with suppress(BlockingIOError):
+            train_victim(c, kind_of(c, name), f"{name}-ue", protect(c, name, sets), sets)
+    for name in c.protections:
+        with suppress(BlockingIOError):
+            train_victim(c, kind_of(c, name), "clean", sets["protected"][0], sets)
+    TEAM.waits = True
+    story(c, sets)
 
 
 def main(argv=None):
@@ -735,10 +730,15 @@ def main(argv=None):
     with one_line_errors("train.py"):
         start = time.monotonic()
         stage, c = parse(sys.argv[1:] if argv is None else argv)
-        c.store = shared_store()
-        first = len(c.protections) * RANK // PROCESSES     # each process begins at another one
-        c.protections = c.protections[first:] + c.protections[:first]
-        story(c, stage)
+        sets, _ = load_data(c)
+        claim(c)
+        if not first():                                    # another of torchrun's
+            return stage == "ddpm" or help_out(c, sets)
+        if torch.distributed.is_torchelastic_launched():
+            TEAM.store = shared_store()
+        elif stage == "all" and argv is None and DEVICE == "cpu" and hasattr(os, "fork"):
+            side_by_side(c, sets)
+        story(c, sets, stage)
         print(f"It took {time.monotonic() - start:.0f} s.")
 
 

@@ -62,8 +62,7 @@ def posterior(x0, xt, t, s):
     """Mean (B, 3, H, W) and variance (B or 1, 1, 1, 1) of q(x_s | x_t, x_0), levels 0 <= s < t.
 
     It is what is known of the image at level s by somebody who knows it at level t and without
-    noise. Ho et al. 2020, Eq. 6-7 is the case s = t - 1; a larger gap is a stride of a sampler.
-    """
+    noise. Ho et al. 2020, Eq. 6-7 is the case s = t - 1; a larger gap is a stride of a sampler."""
     a_t, a_s = alpha_bar(t, xt), alpha_bar(s, xt)
     alpha = a_t / a_s                                      # the paper's alpha_t when s = t - 1
     beta = 1 - alpha
@@ -257,8 +256,8 @@ class UNet(nn.Module):
 
 # -- Training --------------------------------------------------------------------------------------
 
-def train_unet(net, images, *, levels, tilt, steps, batch_size, lr, ema_decay, seed, report,
-               unfinished, checkpoint_seconds=30):
+def train_unet(net, images, *, levels, tilt, steps, batch_size, optimizer, lr, ema_decay, seed,
+               report, unfinished, checkpoint_seconds=30):
     """Train by Ho et al. 2020, Algorithm 1, on images (N, 3, H, W) in [0, 1]; a checkpoint.
 
     They draw noise levels evenly (tilt 0). Errors of x0 grow with the noise, so at tilt 1 a level
@@ -266,13 +265,12 @@ def train_unet(net, images, *, levels, tilt, steps, batch_size, lr, ema_decay, s
 
     The weights are an exponential moving average. Learning rates warm up over 100 steps and fall
     along a half cosine. Every step draws from its own seed, so a run resumed from `unfinished`, a
-    file written every `checkpoint_seconds`, ends where an uninterrupted one does.
-    """
+    file written every `checkpoint_seconds`, ends where an uninterrupted one does."""
     images = images.to(DEVICE)
     likely = (1 - ALPHA_BAR[1:levels + 1]) ** (tilt / 2)
     net.train().requires_grad_(True)
     average = copy.deepcopy(net)
-    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    optimizer = optimizer(net.parameters(), lr)
     parts = dict(net=net, average=average, optimizer=optimizer)
     start, written = 0, time.monotonic()
     if unfinished.exists():

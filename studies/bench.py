@@ -72,8 +72,8 @@ def loops_of(c, sets, count=512):
     images, labels = [part[:count] for part in sets["protected"]]
     count = len(images)
     x, y = on_device(images), labels.to(DEVICE)
-    classifier = train.victim_in(c, "classifier", sets)
-    simclr = train.victim_in(c, "simclr", sets)
+    classifier = train.victim_of(c, "classifier")
+    simclr = train.victim_of(c, "simclr")
     ours = Sampler(**c.sampler)
     longest = le.SAMPLERS["released"]
     shorter = replace(longest, t_star=20, steps=20)
@@ -82,6 +82,7 @@ def loops_of(c, sets, count=512):
     once = dict(epochs=1, batch_size=128, lr=0.01, seed=0, report=silent)
     fresh = on_device(train.UNet(**net.config))
     short = c.ddpm | dict(steps=count // c.ddpm["batch_size"], seed=0, report=silent,
+                          optimizer=train.OPTIMIZERS[c.ddpm["optimizer"]],
                           unfinished=c.run / "bench.unfinished")
     em = PROTECTIONS["em-sample"].make
     cp = PROTECTIONS["cp-sample"].make

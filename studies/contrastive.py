@@ -31,7 +31,7 @@ def coded(c, sets):
 
 def reading(c, sets, view):
     """SimCLR that sees the images through a view, and a code beside them as it is."""
-    simclr = train.victim_in(c, "simclr", sets)
+    simclr = train.victim_of(c, "simclr")
     return replace(simclr, choice=simclr.choice | dict(view=partial(coded_view, view=view)))
 
 

@@ -260,16 +260,19 @@ def entries(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & set(argv):
+    given = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(given):
         print(__doc__)
         sys.exit()
-    data = options_of(argv)[0].data
+    data = options_of(given)[0].data
     is_folder = data not in ("", *DATASETS)
     with le.one_line_errors("studies.own"):
-        with entries(argv) as arguments:
+        with entries(given) as arguments:
             if is_folder and is_published(data) and not has_originals(data):
                 without_originals(arguments)
+            elif argv is None:
+                sys.argv[1:] = arguments                   # a command, which may use all cores
+                train.main()
             else:
                 train.main(arguments)
 

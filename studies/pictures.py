@@ -156,7 +156,7 @@ def curves(c, sets, classes, path):
 def draw_curves(c, sets, kind, path, title):
     series = []
     for name, images in versions_of(c, sets, against(c, kind)).items():
-        victim = train.victim_in(c, kind, sets)
+        victim = train.victim_of(c, kind)
         _, losses = train.fitted(c, f"{kind}-{name}", victim, images, sets)
         points = [(epoch, loss, 0, "") for epoch, loss in enumerate(losses, 1)]
         series.append((name, points))

@@ -19,8 +19,8 @@ from studies.run import (accuracies_on, by_sampler, compared_otherwise, judged, 
 
 def opponents(c, sets):
     """{name: (kind, victim)}. Transformers take time, small steps."""
-    classifier = train.victim_in(c, "classifier", sets)
-    simclr = train.victim_in(c, "simclr", sets)
+    classifier = train.victim_of(c, "classifier")
+    simclr = train.victim_of(c, "simclr")
     config = classifier.config | dict(size=c.size, kind="plain")
     plain = replace(classifier, network=encoder, config=config)
     transformer = replace(plain, config=config | dict(kind="transformer"))
@@ -64,7 +64,7 @@ def noises(c, sets, what, known, epsilon, count):
     if known is not None:
         make = through_the_sampler
         how |= dict(prior=known, level=c.sampler["t_star"])
-    victim = replace(train.victim_in(c, "classifier", sets), training={})
+    victim = replace(train.victim_of(c, "classifier"), training={})
     ues = []
     for k in range(count):
         other, name = of_seed(c, f"owner-{epsilon:g}-{slug(what)}", k)

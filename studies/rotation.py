@@ -62,10 +62,10 @@ def register():
 
 def main(argv=None):
     register()
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not any(word.partition("=")[0] == "--protections" for word in argv):
-        argv += ["--protections", "rot"]
-    train.main(argv)
+    given = sys.argv if argv is None else list(argv)       # a command may use all cores
+    if not any(word.partition("=")[0] == "--protections" for word in given):
+        given += ["--protections", "rot"]
+    train.main(argv and given)
 
 
 if __name__ == "__main__":

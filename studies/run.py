@@ -90,7 +90,7 @@ def of_seed(c, name, k):
 def network_of(c, kind, name, images, sets, k=0):
     """The network of a victim of the k-th seed."""
     other, numbered = of_seed(c, name, k)
-    victim = train.victim_in(other, kind, sets)
+    victim = train.victim_of(other, kind)
     return train.fitted(other, f"{kind}-{numbered}", victim, images, sets)[0]
 
 
