@@ -382,7 +382,7 @@ def cifar10(root):
     """Images (N, 3, 32, 32) in [0, 1] and labels (N,) for training, and the same of the test batch.
     A record is a label byte and three 32x32 planes. Raises BadInput if there are none such."""
     if not Path(root).is_file():
-        raise BadInput(f"--root {root}: no such file; `python -m studies.released cifar10 {root}` "
+        raise BadInput(f"--root {root}: no archive; `python -m studies.released cifar10 {root}` "
                        f"fetches {CIFAR10}")
     try:
         with tarfile.open(root) as archive:

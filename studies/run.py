@@ -29,7 +29,8 @@ def opened(parser, argv, alone=()):
         with own.entries(others) as arguments:
             _, c = train.parse(arguments)
             if not (c.run / "ddpm.pt").exists() and getattr(options, "name", "") not in alone:
-                raise BadInput(f"{c.run}: no run yet; first `python train.py` with the same "
+                command = "train.py" if c.data in ("shapes", "cifar10") else "-m studies.own"
+                raise BadInput(f"{c.run}: no run yet; first `python {command}` with the same "
                                "options")
             data = train.load_data(c)
             train.claim(c)

@@ -755,7 +755,7 @@ def test_main_interrupted_leaves_nothing_half_written_and_says_how_to_go_on(
     (["--published", "ue.pt"], "--published: no such option; those of `python -m studies.own`"),
     (["--protections", ""], "--protections"), (["--out", "file/run"], "file"),
     (["--data", "."], "expected one of shapes, cifar10; for a folder, `python -m studies.own`"),
-    (["--data", "cifar10", "--root", "nowhere.tar.gz"], "nowhere.tar.gz: no such file"),
+    (["--data", "cifar10", "--root", "nowhere.tar.gz"], "nowhere.tar.gz: no archive"),
     (["--sampler.steps", "99", "--sampler.t_star", "36"], "steps"),
     (["--sampler.t_star", "200"], "--ddpm.levels"), (["--epsilon", "0.5"], "--epsilon: expected 1"),
     (["--limit", "1"], "--limit: expected 2 or more"), (["--size", "30"], "--unet"),
