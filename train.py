@@ -76,10 +76,10 @@ DEFAULTS = {
     "unet.patch": 2,               # so many pixels a side are folded into channels
     "ddpm.levels": 100,            # noise levels 1..levels are learned, no others visited
     "ddpm.tilt": 1.0,              # levels are drawn by their noise's deviation to this power
-    "ddpm.steps": 800,             # training steps of the U-Net
+    "ddpm.steps": 1000,            # training steps of the U-Net
     "ddpm.batch_size": 16,         # images a step
     "ddpm.optimizer": "muon",      # how it learns: a name in attacks.OPTIMIZERS
-    "ddpm.lr": 0.04,               # the highest learning rate
+    "ddpm.lr": 0.03,               # the highest learning rate
     "ddpm.ema_decay": 0.999,       # of the moving average of the weights
     "vgg.width": 16,               # channels of the first stage
     "vgg.convs": (1, 1, 1, 1, 1),  # convolutions of each stage
@@ -558,11 +558,11 @@ def cached(c, name, make, /, **inputs):
                 raise BadInput(f"{name}: the process that began it has failed")
             time.sleep(0.2)
         return unet.read(path)
-    given = copy.deepcopy(inputs)                          # a function may work in place
+    inputs = copy.deepcopy(inputs)                         # a function may work in place
     if make is train_unet:                                 # it goes on where it was cut off
-        given["unfinished"] = c.run / f"{work}.unfinished"
+        inputs["unfinished"] = c.run / f"{work}.unfinished"
     torch.manual_seed(c.seed)                              # for those who draw from torch's own
-    made = make(**given, report=Progress(name))
+    made = make(**inputs, report=Progress(name))
     if not isinstance(made, dict):
         if unused_seed(make):
             print(f"{name}: makes no use of its seed")
