@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -34,9 +33,9 @@ from le import Sampler, purify
 from perceptual import VGG, PerceptualDistance
 from studies import released, rotation
 from studies.purifiers import ddim, p_sample, sample
-from test_le import (HERE, JOINT, Malice, SMALL, SMALL_VGG, TINY, UNET, agrees, asked_for, awake,
-                     checkpoint, close, configured, images, linear_network, nets, refusal, same,
-                     seeded, silent, small_distance, small_run, tiny_unet, wave)
+from test_le import (FREE, HERE, JOINT, Malice, SMALL, SMALL_VGG, TINY, UNET, agrees, asked_for,
+                     awake, checkpoint, close, configured, images, linear_network, nets, refusal,
+                     same, seeded, silent, small_distance, small_run, tiny_unet, wave)
 from unet import ALPHA_BAR, BETA, T, BadInput, UNet, posterior, predict_x0, q_sample
 
 pytest_plugins = "studies.grading"
@@ -126,43 +125,7 @@ def test_rotation_scores_are_fooled_by_one_perturbation_for_all_images():
     assert last[EPSILON] < last[EPSILON / 80] - 0.15
 
 
-# -- Released weights ------------------------------------------------------------------------------
-
-def test_any_unet_reads_bare_weights_of_the_released_layout(tmp_path, monkeypatch):
-    defaults = (8, (1, 2), 1, (16,), 0.0, 2, 32, T)        # a small network for the paper's
-    monkeypatch.setattr(UNet.__init__, "__defaults__", defaults)
-    net, x = awake(UNet()), torch.randn(1, 3, 32, 32)
-    torch.save(net.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
-    same(released.any_unet(tmp_path / "diffusion_pytorch_model.bin")(x, 7), net(x, 7))
-    files = [str(tmp_path / name) for name in ("diffusion_pytorch_model.bin", "ours.pt")]
-    released.main(["unet", *files])
-    same(unet.load(files[1])(x, 7), net(x, 7))
-
-
-def test_any_unet_reads_diffusers_names_of_today_and_refuses_other_settings(
-        tmp_path, monkeypatch, capsys):
-    defaults = (8, (1, 2), 1, (16,), 0.0, 2, 32, T)
-    monkeypatch.setattr(UNet.__init__, "__defaults__", defaults)
-    net, x, file = awake(UNet()), torch.randn(1, 3, 32, 32), tmp_path / "weights.bin"
-    weights = net.state_dict()
-    for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
-                         ("proj_attn", "to_out.0")):
-        weights = {name.replace(f".{ours}.", f".{theirs}."): w for name, w in weights.items()}
-    torch.save(weights, file)
-    same(released.any_unet(file)(x, 7), net(x, 7))
-    assert "no config.json beside it" in capsys.readouterr().out
-    config = {name: ours for name, (ours, _) in released.SETTINGS.items()}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    same(released.any_unet(file)(x, 7), net(x, 7))
-    for change in (dict(flip_sin_to_cos=True), dict(attention_head_dim=8)):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(BadInput, match=f"config.json: {next(iter(change))} is .*, expected"):
-            released.any_unet(file)
-    del config["freq_shift"]                               # then diffusers takes its own default
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match="config.json: freq_shift is 0, expected 1"):
-        released.any_unet(file)
-
+# -- Checkpoints -----------------------------------------------------------------------------------
 
 def test_any_distance_reads_torchvisions_vgg16_and_lpips_layers(tmp_path, monkeypatch):
     narrow = (8, (2, 2, 3, 3, 3), 10)                      # VGG-16's names, fewer channels
@@ -194,20 +157,6 @@ def test_any_distance_reads_torchvisions_vgg16_and_lpips_layers(tmp_path, monkey
     with pytest.raises(BadInput, match="vgg16_features.pth: its classifier is NaN"):
         released.any_distance(tmp_path / "vgg16_features.pth")
 
-
-def test_download_keeps_only_what_has_the_hash(tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(b"data")
-    for url in (source, tmp_path / "missing"):
-        with pytest.raises(BadInput, match="put it at"):
-            released.download((url.as_uri(), "0" * 64), tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
-    right = "3a6eb0790f39ac87c94f3856b2dd2c5d110e6811602261a9a923d3bb23adc8b7"
-    released.download((source.as_uri(), right), tmp_path / "out")
-    assert (tmp_path / "out").read_bytes() == b"data"
-
-
-# -- Checkpoints -----------------------------------------------------------------------------------
 
 def test_save_load_unet_round_trip(tmp_path):
     net, x = awake(UNet(**TINY)), torch.randn(1, 3, 32, 32)
@@ -455,6 +404,78 @@ def test_random_resized_crop_shows_that_box_resized_and_flipped(monkeypatch):
     inner = view[:, :2, 4:12, 4:12]
     close((inner.amax((2, 3)) - inner.amin((2, 3))) * 16 / 7, seen[0], atol=0.5)
     assert 0.4 < (view[:, 0, 0, 0] > view[:, 0, 0, -1]).float().mean() < 0.6  # half of them flipped
+
+
+def test_colour_jitter_changes_four_in_five_images_by_up_to_its_strengths(monkeypatch):
+    seen, names = [], ("brightness", "contrast", "saturation", "hue")
+
+    def spied(name):
+        def spy(x, factor):
+            seen.append((name, factor.flatten()))
+            return x + 1                                   # each is given what the last has made
+        return spy
+    for name in names:
+        monkeypatch.setattr(attacks, name, spied(name))
+    generator, orders = torch.Generator().manual_seed(0), set()
+    for _ in range(40):
+        seen.clear()
+        x = attacks.colour_jitter(torch.zeros(500, 1, 1, 1), generator)
+        assert (x == 4).all() and len(dict(seen)) == 4
+        orders.add(tuple(name for name, _ in seen))
+        factors = torch.stack([dict(seen)[name] for name in names])
+        same(factors == 1, (factors[:1] == 1).expand(4, -1))  # an image in all four ways or none
+        changes = factors[:, factors[0] != 1] - 1
+        for change, strength in zip(changes, (0.4, 0.4, 0.4, 0.1)):
+            assert -1 <= change.min() / strength < -0.95 and 0.95 < change.max() / strength <= 1.001
+            assert abs(change.mean()) < 0.1 * strength
+        assert 0.73 < changes.shape[1] / 500 < 0.87 and changes.corrcoef().triu(1).abs().max() < 0.2
+    assert len(orders) > 15                                # of 24: a new one for each batch
+
+
+# -- Seeds -----------------------------------------------------------------------------------------
+
+def unsettled(**config):
+    """A network, after which torch's own numbers are others each time."""
+    net = linear_network(16, 4)
+    torch.seed()
+    return net
+
+
+def flat(weights):
+    return torch.cat([w.flatten() for w in weights.values()])
+
+
+CROPPED = Victim(unsettled, class_scores)
+IMAGES, CLASSES = wave(12, 3, 16, 16).float() / 2 + 0.5, torch.arange(12) % 4
+DRAWS = {view.__name__: lambda seed, view=view: view(IMAGES, torch.Generator().manual_seed(seed))
+         for view in (attacks.crop_flip, attacks.quadrant_view, attacks.colour_jitter,
+                      attacks.grayscale, attacks.simclr_view)} | {
+    "partner_scores": lambda seed: attacks.partner_scores(
+        lambda x: x.flatten(1), IMAGES, None, torch.Generator().manual_seed(seed),
+        attacks.quadrant_view, 0.5)[0],
+    "fresh": lambda seed: flat(CROPPED.fresh(seed).state_dict()),
+    "min_min": lambda seed: attacks.min_min(IMAGES, CLASSES, CROPPED, rounds=2, train_batches=2,
+                                            noise_batches=1, batch_size=5, seed=seed),
+    "fit": lambda seed: flat(attacks.fit(CROPPED, IMAGES, CLASSES, epochs=1, batch_size=4,
+                                         seed=seed, report=silent)["weights"]),
+    "train_unet": lambda seed: flat(unet.train_unet(
+        copy.deepcopy(UNET), IMAGES, levels=20, tilt=1.0, steps=2, batch_size=2, lr=0.01,
+        optimizer=attacks.Muon, ema_decay=0.9, seed=seed, report=silent,
+        unfinished=Path("none"))["weights"]),
+    "purify": lambda seed: purify(UNET, None, IMAGES[:2], FREE, seeds=[seed, 7]),
+    "shapes": lambda seed: train.shapes(10, seed)[0],
+    "drawings": lambda seed: train.drawings(configured("--limit", 9, "--seed", seed))[0]["test"][0]}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_is_given_a_seed_or_a_generator_draws_from_it_alone(name):
+    made = []
+    for seed in (0, 0, 1):
+        torch.seed()                                       # torch's own numbers: others each time
+        made.append(DRAWS[name](seed))
+    first, again, other = made
+    same(first, again)
+    assert not torch.equal(first, other)
 
 
 # -- What is kept ----------------------------------------------------------------------------------
@@ -938,6 +959,94 @@ def test_accuracy_refuses_scores_that_are_none(scores, message):
         train.accuracy(scores, images(4), torch.zeros(4))
 
 
+@pytest.mark.parametrize("made, shape, message", [
+    (torch.ones(2, 3, 4, 4), (2, 3, 4, 4), "it gave one image for all 2"),
+    (torch.ones(2, 5), (2, 4), r"gave \(2, 5\), expected \(2, 4\)"),
+    (torch.ones(2, 5, 1), (2, -1), "expected"), (torch.ones(5), (5, -1), "expected"),
+    (torch.tensor([0.5, 1.004]), (2,), r"gave 0.5 to 1, expected \(0, 1\), finite"),
+    (torch.tensor([-0.004, 0.5]), (2,), "gave -0.004 to 0.5"),
+    (torch.tensor([math.nan, 0.5]), (-1,), "gave nan")])
+def test_looked_at_refuses(made, shape, message):
+    with pytest.raises(BadInput, match=message):
+        le.looked_at("it", made, shape, (0, 1))
+
+
+def test_looked_at_gives_back_what_is_right_and_numbers_that_nobody_has_bounded():
+    for made, shape, within in ((torch.ones(1, 3, 4, 4), (1, 3, 4, 4), (0, 1)),
+                                (images(2), (2, 3, 32, 32), (0, 1)),
+                                (torch.ones(3, 5), (3, -1), (0, 1)),  # scores may be alike
+                                (torch.tensor([-0.001, 1.001]), (2,), (0, 1))):
+        assert le.looked_at("it", made, shape, within) is made
+    le.looked_at("it", torch.tensor([-1e9, 1e9]), (2,))
+    with pytest.raises(BadInput, match="finite"):
+        le.looked_at("it", torch.tensor([-1e9, math.inf]), (2,))
+
+
+class OfSeeds:
+    def __call__(self, net, distance, images, sampler, seeds, report):
+        return images + seeds[0]
+
+
+def test_unused_seed_sees_who_never_looks_at_it():
+    lambdas = lambda x, seed: x + seed, lambda x, seed: x
+    for make in (attacks.min_min, purify, functools.partial(attacks.min_min, shared="all"),
+                 OfSeeds(), lambdas[0]):
+        assert not le.unused_seed(make)
+    for make in (blurred, red_corner, functools.partial(blurred, sampler=None), lambdas[1]):
+        assert le.unused_seed(make)
+
+
+# -- Progress --------------------------------------------------------------------------------------
+
+def progress(monkeypatch, live, calls):
+    """What Progress("net") writes on a terminal, or elsewhere, at calls (time, done, total, value),
+    one after the other: a list of texts."""
+    stream, clock, texts = io.StringIO(), [0.0], []
+    stream.isatty = lambda: live
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(le.time, "monotonic", lambda: clock[0])
+    report = le.Progress("net")
+    for clock[0], done, total, value in calls:
+        report(done, total, loss=value)
+        texts.append(stream.getvalue())
+        stream.seek(stream.truncate(0))
+    return texts
+
+
+def test_Progress_rewrites_one_line_on_a_terminal_and_ends_it_when_all_is_done(monkeypatch):
+    never = object()                                       # no number: nobody may look at it
+    said = progress(monkeypatch, True, [
+        (5.0, 2, 12, 0.123456), (5.125, 3, 12, never), (5.25, 2, 12, 4e5), (7.0, 4, 12, 0.5),
+        (7.2, 5, 12, torch.tensor(0.25)), (7.25, 12, 12, 0.125)])
+    texts = ["net: 2/12, loss 0.123", None, "net: 2/12, loss 4e+05",
+             "net: 4/12, 8 s left, loss 0.5", "net: 5/12, 5 s left, loss 0.25",
+             "net: 12/12, 0 s left, loss 0.125"]           # at 7: two in 2 s, and eight are left
+    assert said[:-1] == [text and f"\r{text:<78}" or "" for text in texts[:-1]]
+    assert said[-1] == f"\r{texts[-1]:<78}\n"
+
+
+def test_Progress_writes_plain_lines_off_a_terminal_every_20_seconds(monkeypatch):
+    never = object()
+    calls = [(0.0, 1, 9, 1), (19.9, 2, 9, never), (20.0, 3, 9, 2), (39.0, 4, 9, never),
+             (40.0, 5, 9, 3), (41.0, 9, 9, 4)]
+    lines = ["net: 1/9, loss 1\n", "", "net: 3/9, 60 s left, loss 2\n", "",
+             "net: 5/9, 40 s left, loss 3\n", "net: 9/9, 0 s left, loss 4\n"]
+    assert progress(monkeypatch, False, calls) == lines
+    monkeypatch.setattr(le, "first", lambda: False)        # one that does not talk, on a terminal
+    assert progress(monkeypatch, True, calls) == lines
+
+
+def test_first_is_one_process_of_its_run(monkeypatch):
+    assert le.first()
+    monkeypatch.setattr(le.multiprocessing.current_process(), "_name", "helper")
+    assert not le.first()
+    monkeypatch.setattr(le.multiprocessing.current_process(), "_name", "MainProcess")
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    for rank, talks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert le.first() == talks
+
+
 # -- Other machines --------------------------------------------------------------------------------
 
 class NotebookStream(io.StringIO):
@@ -1085,46 +1194,3 @@ def test_cifar10_reads_real_images():
     assert len(x) == 12000 and len(test_x) == 2400 and set(y.tolist()) == set(range(10))
     neighbours = (x[:, :, 1:] - x[:, :, :-1]).abs().mean()
     assert 3 * neighbours < (x[1:] - x[:-1]).abs().mean()  # photographs are smooth
-
-
-# -- README ----------------------------------------------------------------------------------------
-
-def test_readme_commands_are_understood():
-    """Every command in the READMEs is one that the programs know."""
-    text = (HERE / "README.md").read_text() + (HERE / "studies" / "README.md").read_text()
-    start = r"(?:python|torchrun --nproc_per_node=\d+) "
-    commands = re.findall(rf"^    {start}(.*?)(?:  .*)?$", text, re.M)
-    commands += re.findall(rf"`{start}([^`]*)`", text)
-    assert len(commands) > 15
-    for command in sorted(set(commands)):
-        program, *arguments = shlex.split(command)
-        if program == "train.py" and arguments != ["--help"]:
-            train.parse(arguments)
-        elif program == "train.py":
-            assert set(train.every_option()) > set(train.DEFAULTS)
-        elif arguments[0].startswith("studies."):
-            assert (HERE / "studies" / f"{arguments[0].split('.')[1]}.py").exists(), command
-        else:
-            assert program == "mine.py" or arguments[0] == "pytest", command
-
-
-def test_readme_file_of_ones_own_works_as_it_is_shown(tmp_path):
-    text = (HERE / "README.md").read_text()
-    block, = [block for block in re.findall(r"```python\n(.*?)```", text, re.S)
-              if "train.main()" in block]
-    copied = copy_of_the_project(tmp_path / "copy")
-    (copied / "mine.py").write_text(block)
-    command = ["mine.py", *SMALL, "--protections", "corner", "--purifier", "blur", "--victim",
-               "mlp"]
-    said = run(copied, *command)
-    assert "mlp on corner-le: " in said and "| corner |" in said
-    (copied / "mine.py").write_text(block.replace("4, :4]", "5, :5]"))
-    again = re.findall(r"^([\w-]+): made", run(copied, *command), re.M)
-    assert "corner" in again and not {"vgg", "ddpm"} & set(again)  # what stands in other files
-
-
-def test_readme_counts_the_lines_of_each_file():
-    readme = (HERE / "README.md").read_text()
-    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M):
-        counted = len((HERE / name).read_text().splitlines())
-        assert abs(counted - int(lines)) <= 10, f"README.md: {name} has {counted} lines"
