@@ -16,6 +16,7 @@ import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -272,10 +273,12 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
 
 
 class Recorded(torch.optim.Adam):
+    """Its learning rate and momentum at every step."""
     rates = []
 
     def step(self, closure=None):
-        self.rates.append(self.param_groups[0]["lr"])
+        group, = self.param_groups
+        self.rates.append((group["lr"], group["betas"][0]))
         return super().step(closure)
 
 
@@ -285,7 +288,23 @@ def test_train_unet_warms_up_and_lowers_its_rate_along_a_half_cosine(tmp_path):
                     unfinished=tmp_path / "none")
     rates = [0.01 * min(1, k / 100) * (1 + math.cos(math.pi * (k - 1) / 150)) / 2
              for k in range(1, 151)]
-    assert Recorded.rates == pytest.approx(rates)
+    assert [rate for rate, _ in Recorded.rates] == pytest.approx(rates)
+    assert not (tmp_path / "none").exists()                # every 30 s, and it took less
+
+
+def test_fit_learns_by_one_cycle_and_gives_the_mean_loss_of_each_epoch(monkeypatch):
+    monkeypatch.setitem(attacks.OPTIMIZERS, "recorded", Recorded)
+    monkeypatch.setattr(Recorded, "rates", [])
+    guess = Victim(linear_network, lambda net, x, labels, generator: (0 * net(x), labels))
+    made = attacks.fit(guess, images(10, 8), torch.arange(10) % 3, epochs=3, batch_size=1, lr=0.5,
+                       optimizer="recorded", seed=0, report=silent)
+    assert made["losses"] == pytest.approx(3 * [math.log(3)])
+    top = 0.2 * 31 - 1                                     # of 30 steps and the start
+    for k, at in enumerate(Recorded.rates):
+        way = k / top if k < top else (30 - k) / (30 - top)
+        height, least = (1 - math.cos(math.pi * way)) / 2, 0.02 if k < top else 2e-6
+        assert at == pytest.approx((least + (0.5 - least) * height, 0.95 - 0.1 * height))
+    assert len(Recorded.rates) == 30
 
 
 def test_min_min_trains_surrogates_as_huang_et_al_do(monkeypatch):
@@ -788,6 +807,18 @@ def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, argum
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("option, fits, refused", [
+    ("seed", 0, -1), ("seed", 2 ** 31 - 1, 2 ** 31), ("limit", 0, -1), ("limit", 2, 1),
+    ("epsilon", 1, 0.99), ("epsilon", 255, 256), ("ddpm.levels", T, T + 1), ("ddpm.tilt", 0, -0.1),
+    ("ddpm.tilt", 10, 10.1), ("resnet.widths", "8,8,8,8", "8,8,8,7"), ("sampler.t_star", 100, 101),
+    ("unet.width", 4, 3), ("unet.width", 6, 5), ("classifier.lr", 1e-9, 0),
+    ("noise.em-sample.warm_up", 0, 0.5), ("images.test", 2 ** 31 - 1, 2 ** 31)])
+def test_parse_takes_values_up_to_their_bounds(option, fits, refused):
+    configured(f"--{option}", fits)
+    with pytest.raises((BadInput, SystemExit)):
+        configured(f"--{option}", refused)
+
+
 def test_parse_lets_options_override_the_configuration_of_the_data():
     assert configured().unet["width"] == train.DEFAULTS["unet.width"]
     ours = configured("--data", "cifar10", "--sampler.steps", "7", "--seed", "3")
@@ -1097,6 +1128,43 @@ def test_main_is_alone_where_another_program_has_set_what_torchrun_sets(monkeypa
 
 # -- Several processes -----------------------------------------------------------------------------
 
+@pytest.mark.parametrize("threads, helpers", [(1, 0), (2, 1), (4, 3), (9, 3)])
+def test_side_by_side_starts_a_fork_for_each_protection_or_further_thread(monkeypatch, threads,
+                                                                          helpers):
+    team, started = SimpleNamespace(), []
+    monkeypatch.setattr(train, "TEAM", team)
+    monkeypatch.setattr(train, "shared_store", lambda: SimpleNamespace(port=7))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    class Fork(SimpleNamespace):
+        def start(self):
+            started.append((self.name, self.target, self.args, self.daemon))
+    monkeypatch.setattr(train.multiprocessing, "get_context",
+                        lambda how: SimpleNamespace(Process=Fork))
+    c = configured("--protections", "em-class,em-sample,cp-class")
+    train.side_by_side(c, {})
+    assert started == helpers * [("helper", train.help_out, (c, {}, 7), True)]
+    assert len(team.helpers) == helpers
+
+
+def test_help_out_begins_with_what_the_first_process_comes_to_last(monkeypatch):
+    team, seen = SimpleNamespace(), []
+
+    def spy(c, kind, name, images, sets):
+        seen.append((name, images, team.waits))
+        if name == "em-sample-ue":
+            raise BlockingIOError                          # somebody else has begun it
+    monkeypatch.setattr(train, "TEAM", team)
+    monkeypatch.setattr(train, "shared_store", lambda port: f"of {port}")
+    monkeypatch.setattr(train, "train_victim", spy)
+    monkeypatch.setattr(train, "protect", lambda c, name, sets: f"UEs of {name}")
+    monkeypatch.setattr(train, "story", lambda c, sets: seen.append((c.protections, team.waits)))
+    names = ["em-class", "em-sample", "cp-class"]
+    train.help_out(configured("--protections", ",".join(names)), dict(protected="x"), 7)
+    assert seen == [(f"{name}-ue", f"UEs of {name}", False) for name in names[::-1]] + 3 * [
+        ("clean", "x", False)] + [(names[::-1], True)] and team.store == "of 7"
+
+
 @pytest.mark.parametrize("how", ["torchrun", "forks"])
 def test_main_by_two_processes_makes_each_stage_once_and_the_same_bit_for_bit(tmp_path, how):
     small = [*SMALL, "--protections", "em-class,em-sample,cp-class"]
@@ -1137,6 +1205,16 @@ def test_main_ends_when_a_process_that_it_has_started_fails(tmp_path, fault, sai
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
+# -- Data ------------------------------------------------------------------------------------------
+
+def test_shapes_are_the_images_that_our_tables_are_about():
+    x, labels = train.shapes(10, seed=0)
+    assert labels.tolist() == list(range(10))
+    told = (255 * x.double() * wave(3, 32, 32)).sum((1, 2, 3))  # what of each lies along a wave
+    agrees(told, [1313.6, 1952.8, 2200.7, 594.1, 655.0, 203.7, 1506.7, -2272.9, 1674.1, 2103.4], 4)
+    assert train.shapes(2, seed=0, size=48)[0].shape == (2, 3, 48, 48)
+
+
 # -- CIFAR-10 in its official archive --------------------------------------------------------------
 
 CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
@@ -1170,7 +1248,11 @@ def test_cifar10_keeps_the_test_batch_apart_and_reads_planes_and_labels(tmp_path
     cifar = ["--data", "cifar10", "--root", root]
     sets, _ = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15)))
     same(sets["test"][1], test_y[:15])
-    assert len({x.numpy().tobytes() for part, _ in sets.values() for x in part}) == 115
+    shown = {x.numpy().tobytes(): label for part in sets.values() for x, label in zip(*part)}
+    assert len(shown) == 115
+    brought = [shown.get(image.numpy().tobytes(), label) == label for image, label in zip(x, y)]
+    others = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15), "--seed", 1))[0]
+    assert all(brought) and not torch.equal(others["protected"][0], sets["protected"][0])
     for asked, message in ((51, 30, 20, 20), "100 are too few"), ((50, 30, 20, 21), "20 are too"):
         with pytest.raises(BadInput, match=message):
             train.load_data(configured(*cifar, *asked_for(*asked)))
