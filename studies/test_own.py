@@ -20,6 +20,7 @@ from test_le import HERE, SMALL, asked_for, refusal, seeded
 
 TOY = [*SMALL[:10], "--unet.attention", "", "--ddpm.levels", "200"]
 RED, BLUE = (200, 30, 30), (30, 30, 200)
+CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
 
 
 # -- CIFAR-10 in files -----------------------------------------------------------------------------
@@ -73,6 +74,14 @@ def test_root_may_be_unpacked_and_a_wrong_one_is_named(tmp_path, kind):
         with pytest.raises(BadInput, match=f"--root {wrong}: {message}") as caught:
             loaded(*options, wrong)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not CIFAR10_MINI.exists(), reason="no real CIFAR-10 beside the project")
+def test_cifar10_reads_real_images():
+    (x, y), (test_x, _) = train.cifar10(CIFAR10_MINI)
+    assert len(x) == 12000 and len(test_x) == 2400 and set(y.tolist()) == set(range(10))
+    neighbours = (x[:, :, 1:] - x[:, :, :-1]).abs().mean()
+    assert 3 * neighbours < (x[1:] - x[:-1]).abs().mean()  # photographs are smooth
 
 
 # -- Folders ---------------------------------------------------------------------------------------
