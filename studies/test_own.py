@@ -1,15 +1,12 @@
 """Tests of one's own folders and of published UEs: studies/own.py, folders.py and published.py."""
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,31 +15,15 @@ import train
 from attacks import PROTECTIONS
 from le import BadInput
 from studies import folders, own
-from test_le import HERE, SMALL, asked_for, refusal, same, seeded
+from studies.test_studies import cifar10_files, write_cifar10
+from test_le import HERE, SMALL, asked_for, refusal, seeded
 
-CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
 TOY = [*SMALL[:10], "--unet.attention", "", "--ddpm.levels", "200"]
 RED, BLUE = (200, 30, 30), (30, 30, 200)
+CIFAR10_MINI = HERE.parent / "shared" / "data" / "cifar-10-mini.tar.gz"
 
 
 # -- CIFAR-10 in files -----------------------------------------------------------------------------
-
-def cifar10_files(records=20):
-    """The official layout in small: {name: bytes}, and the records (6, records, 3073) in them."""
-    data = np.random.default_rng(0).integers(0, 256, (6, records, 3073), dtype=np.uint8)
-    data[:, :, 0] %= 10
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-    return {name: part.tobytes() for name, part in zip(names, data)}, data
-
-
-def write_cifar10(path, files, mode="w:gz"):
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
 
 def unpack(path, files):
     """The same files in a folder, or in a .zip."""
@@ -68,35 +49,6 @@ def loaded(*arguments):
 
 def counts(sets):
     return {name: len(labels) for name, (_, labels) in sets.items()}
-
-
-def test_cifar10_keeps_the_test_batch_apart_and_reads_planes_and_labels(tmp_path):
-    files, data = cifar10_files()
-    root = write_cifar10(tmp_path / "c.tar.gz", files)
-    (x, y), (_, test_y) = train.cifar10(root)
-    record = data[2, 5]                                    # the sixth of the third batch: image 45
-    assert y[45] == record[0] and x.shape == (100, 3, 32, 32)
-    assert abs(x[45, 1, 3, 7] - record[1 + 1024 + 3 * 32 + 7] / 255) < 1e-6
-    same(test_y, torch.from_numpy(data[5, :, 0]).long())
-    cifar = ["--data", "cifar10", "--root", root]
-    sets, *_ = loaded(*cifar, *asked_for(50, 30, 20, 15))
-    same(sets["test"][1], test_y[:15])
-    assert len({x.numpy().tobytes() for part, _ in sets.values() for x in part}) == 115
-    for asked, message in ((51, 30, 20, 20), "100 are too few"), ((50, 30, 20, 21), "20 are too"):
-        with pytest.raises(BadInput, match=message):
-            loaded(*cifar, *asked_for(*asked))
-
-
-@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
-@pytest.mark.parametrize("damage", ["cut", "a bit turned over"])
-def test_cifar10_notices_a_damaged_archive(tmp_path, mode, damage):
-    path = write_cifar10(tmp_path / "c.tar.gz", cifar10_files()[0], mode)
-    content = bytearray(path.read_bytes())
-    place = len(content) // 2
-    content[place] ^= 1
-    path.write_bytes(content[:place] if damage == "cut" else content)
-    with pytest.raises(BadInput, match="c.tar.gz"):
-        train.cifar10(path)
 
 
 @pytest.mark.parametrize("kind", ["c.zip", "c"])

@@ -11,8 +11,8 @@ import attacks
 import train
 from le import BadInput
 from studies import folders, own, published
-from studies.test_own import (TOY, cifar10_files, class_folders, counts, loaded, unpack,
-                              write_cifar10)
+from studies.test_own import TOY, class_folders, counts, loaded, unpack
+from studies.test_studies import cifar10_files, write_cifar10
 from test_le import asked_for, refusal, same, seeded
 from unet import as_bytes
 

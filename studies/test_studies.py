@@ -1,5 +1,5 @@
-"""Tests of the studies, and of what a course never grades: what is kept, the command line, several
-processes. Found by `python -m pytest` with the others."""
+"""Tests of what a course never grades: released weights, what is kept, the command line, several
+processes; and of the studies' samplers. Found by `python -m pytest` with the others."""
 import copy
 import functools
 import importlib
@@ -8,19 +8,22 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
+from types import FunctionType, SimpleNamespace
+from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import attacks
@@ -31,16 +34,13 @@ import unet
 from attacks import EPSILON, PROTECTIONS, VICTIMS, Protection, ResNet, Victim, class_scores, publish
 from le import Sampler, purify
 from perceptual import VGG, PerceptualDistance
-from studies import ablation, handout, labels, pictures, plane, protections, purifiers
-from studies import released, replies, slide
-from studies import purify as own_images
-from studies import rotation, scenarios
+from studies import rotation
 from studies.purifiers import ddim, p_sample, sample
-from test_le import (HERE, JOINT, Malice, SMALL, SMALL_VGG, TINY, UNET, agrees, asked_for, awake,
-                     checkpoint, close, configured, images, linear_network, nets, refusal, same,
-                     seeded, silent, small_distance, small_run, tiny_unet, wave)
-from unet import (ALPHA_BAR, BETA, DEVICE, T, BadInput, UNet, on_device, posterior, predict_x0,
-                  q_sample)
+from test_le import (FREE, HERE, JOINT, Malice, PLAIN, SMALL, SMALL_VGG, TINY, UNET, agrees,
+                     asked_for, awake, checkpoint, close, configured, filled, images,
+                     linear_network, nets, refusal, same, seeded, silent, small_distance,
+                     small_run, tiny_unet, wave)
+from unet import ALPHA_BAR, BETA, T, BadInput, UNet, posterior, predict_x0, q_sample
 
 pytest_plugins = "studies.grading"
 
@@ -129,92 +129,18 @@ def test_rotation_scores_are_fooled_by_one_perturbation_for_all_images():
     assert last[EPSILON] < last[EPSILON / 80] - 0.15
 
 
-# -- Released weights ------------------------------------------------------------------------------
-
-def test_any_unet_reads_bare_weights_of_the_released_layout(tmp_path, monkeypatch):
-    defaults = (8, (1, 2), 1, (16,), 0.0, 2, 32, T)        # a small network for the paper's
-    monkeypatch.setattr(UNet.__init__, "__defaults__", defaults)
-    net, x = awake(UNet()), torch.randn(1, 3, 32, 32)
-    torch.save(net.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
-    same(released.any_unet(tmp_path / "diffusion_pytorch_model.bin")(x, 7), net(x, 7))
-    files = [str(tmp_path / name) for name in ("diffusion_pytorch_model.bin", "ours.pt")]
-    released.main(["unet", *files])
-    same(unet.load(files[1])(x, 7), net(x, 7))
-
-
-def test_any_unet_reads_diffusers_names_of_today_and_refuses_other_settings(
-        tmp_path, monkeypatch, capsys):
-    defaults = (8, (1, 2), 1, (16,), 0.0, 2, 32, T)
-    monkeypatch.setattr(UNet.__init__, "__defaults__", defaults)
-    net, x, file = awake(UNet()), torch.randn(1, 3, 32, 32), tmp_path / "weights.bin"
-    weights = net.state_dict()
-    for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
-                         ("proj_attn", "to_out.0")):
-        weights = {name.replace(f".{ours}.", f".{theirs}."): w for name, w in weights.items()}
-    torch.save(weights, file)
-    same(released.any_unet(file)(x, 7), net(x, 7))
-    assert "no config.json beside it" in capsys.readouterr().out
-    config = {name: ours for name, (ours, _) in released.SETTINGS.items()}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    same(released.any_unet(file)(x, 7), net(x, 7))
-    for change in (dict(flip_sin_to_cos=True), dict(attention_head_dim=8)):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(BadInput, match=f"config.json: {next(iter(change))} is .*, expected"):
-            released.any_unet(file)
-    del config["freq_shift"]                               # then diffusers takes its own default
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match="config.json: freq_shift is 0, expected 1"):
-        released.any_unet(file)
-
-
-
-
-def test_any_distance_reads_torchvisions_vgg16_and_lpips_layers(tmp_path, monkeypatch):
-    narrow = (8, (2, 2, 3, 3, 3), 10)                      # VGG-16's names, fewer channels
-    monkeypatch.setattr(VGG.__init__, "__defaults__", narrow)
-    vgg, linear = awake(VGG()), [torch.rand(c) for c in (8, 16, 32, 64, 64)]
-    theirs = {name: w for name, w in vgg.state_dict().items() if "features" in name}
-    torch.save(theirs | {"classifier.0.weight": torch.ones(1)}, tmp_path / "vgg16.pth")
-    layers = {f"lin{i}.model.1.weight": w.view(1, -1, 1, 1) for i, w in enumerate(linear)}
-    torch.save(layers, tmp_path / "lpips.pth")
-    x, y = images(2), images(2)
-    plain = released.any_distance(tmp_path / "vgg16.pth")
-    weighted = released.any_distance(tmp_path / "vgg16.pth", tmp_path / "lpips.pth")
-    same(plain(x, y), PerceptualDistance(vgg)(x, y))
-    same(weighted(x, y), PerceptualDistance(vgg, linear)(x, y))
-    with pytest.raises(BadInput, match="lin0.model.1.weight"):
-        released.any_distance(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth")
-    with pytest.raises(BadInput, match="features.0.weight"):
-        released.any_distance(tmp_path / "lpips.pth")
-    command = ["vgg16", tmp_path / "vgg16.pth", tmp_path / "ours.pt", "--lpips",
-               tmp_path / "lpips.pth"]
-    released.main(list(map(str, command)))                 # the checkpoint that the story reads
-    same(perceptual.load(tmp_path / "ours.pt")(x, y), weighted(x, y))
-    layers["lin0.model.1.weight"] = layers["lin0.model.1.weight"][:, :3]
-    torch.save(layers, tmp_path / "narrow.pth")
-    with pytest.raises(BadInput, match="narrow.pth: need .* weights for"):
-        released.any_distance(tmp_path / "vgg16.pth", tmp_path / "narrow.pth")
-    features = theirs | {"classifier.0.weight": torch.full((1,), math.nan)}
-    torch.save(features, tmp_path / "vgg16_features.pth")  # torchvision's other VGG-16
-    with pytest.raises(BadInput, match="vgg16_features.pth: its classifier is NaN"):
-        released.any_distance(tmp_path / "vgg16_features.pth")
-
-
-def test_download_keeps_only_what_has_the_hash(tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(b"data")
-    for url in (source, tmp_path / "missing"):
-        with pytest.raises(BadInput, match="put it at"):
-            released.download((url.as_uri(), "0" * 64), tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
-    right = "3a6eb0790f39ac87c94f3856b2dd2c5d110e6811602261a9a923d3bb23adc8b7"
-    released.download((source.as_uri(), right), tmp_path / "out")
-    assert (tmp_path / "out").read_bytes() == b"data"
-
-
-
-
 # -- Checkpoints -----------------------------------------------------------------------------------
+
+def test_load_perceptual_takes_the_weights_of_lpips_where_they_are_in_the_file(tmp_path):
+    weights, x, y = [torch.rand(c) for c in (4, 8, 16, 32, 32)], images(2), images(2)
+    for more, expected in (dict(), None), (dict(lpips=weights), weights):
+        unet.save(tmp_path / "vgg.pt", checkpoint(SMALL_VGG) | more)
+        distance = PerceptualDistance(SMALL_VGG, expected)
+        same(perceptual.load(tmp_path / "vgg.pt")(x, y), distance(x, y))
+    unet.save(tmp_path / "vgg.pt", checkpoint(SMALL_VGG) | dict(lpips=weights[:4]))
+    with pytest.raises(BadInput, match="vgg.pt: need .* weights for"):
+        perceptual.load(tmp_path / "vgg.pt")
+
 
 def test_save_load_unet_round_trip(tmp_path):
     net, x = awake(UNet(**TINY)), torch.randn(1, 3, 32, 32)
@@ -222,6 +148,7 @@ def test_save_load_unet_round_trip(tmp_path):
     unet.save(tmp_path / "u.pt", checkpoint(net))
     loaded = unet.load(tmp_path / "u.pt")
     assert torch.equal(loaded(x, 7), net(x, 7)) and loaded.max_level == 100
+    assert not loaded.training and not any(w.requires_grad for w in loaded.parameters())
     assert [path.name for path in tmp_path.iterdir()] == ["u.pt"]
 
 
@@ -283,33 +210,6 @@ def test_load_perceptual_refuses_a_U_Net(tmp_path):
         perceptual.load(tmp_path / "u.pt")
 
 
-# Some of the keys of google/ddpm-cifar10-32's diffusion_pytorch_model.bin, and their shapes
-RELEASED_KEYS = {
-    "conv_in.weight": (128, 3, 3, 3), "time_embedding.linear_1.weight": (512, 128),
-    "down_blocks.0.resnets.1.time_emb_proj.weight": (128, 512),
-    "down_blocks.0.downsamplers.0.conv.weight": (128, 128, 3, 3),
-    "down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1),
-    "down_blocks.1.attentions.1.query.weight": (256, 256),
-    "mid_block.attentions.0.proj_attn.bias": (256,), "up_blocks.0.upsamplers.0.conv.bias": (256,),
-    "up_blocks.0.resnets.2.conv1.weight": (256, 512, 3, 3), "conv_norm_out.weight": (128,)}
-
-
-def test_UNet_defaults_are_the_released_network():
-    with torch.device("meta"):
-        weights = {name: tuple(w.shape) for name, w in UNet().state_dict().items()}
-    assert {name: weights.get(name) for name in RELEASED_KEYS} == RELEASED_KEYS
-    assert sum(map(math.prod, weights.values())) == 35_746_307
-
-
-def test_VGG_defaults_are_the_released_layers():
-    with torch.device("meta"):
-        vgg = VGG()
-    convolutions = [i for i, layer in enumerate(vgg.features) if isinstance(layer, torch.nn.Conv2d)]
-    assert convolutions == [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # as in torchvision
-    assert sum(p.numel() for p in vgg.features.parameters()) == 14_714_688
-    assert vgg.taps == [3, 8, 15, 22, 29]                  # relu1_2 ... relu5_3, as in LPIPS
-
-
 def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
     x = images(16)
 
@@ -329,21 +229,76 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
     assert all(torch.allclose(w, resumed[name], atol=1e-6) for name, w in whole.items())
 
 
-class Recorded(torch.optim.Adam):
-    rates = []
+def test_train_unet_is_what_its_learning_rates_and_its_average_by_hand_lead_to(
+        tmp_path, monkeypatch):
+    # every gradient is 1, so weights go down by the learning rate
+    monkeypatch.setattr(unet, "ddpm_loss", lambda net, *_: sum(w.sum() for w in net.parameters()))
+    net = tiny_unet()
+    w = average = net.conv_out.bias.detach().clone()
+    made = unet.train_unet(net, images(2), levels=20, tilt=1.0, steps=150, batch_size=2, lr=0.5,
+                           optimizer=torch.optim.SGD, ema_decay=0.9, seed=0, report=silent,
+                           unfinished=tmp_path / "none")
+    for k in range(150):
+        w = w - 0.5 * min(1, (k + 1) / 100) * (1 + math.cos(math.pi * k / 150)) / 2
+        decay = min(0.9, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * w
+    close(made["weights"]["conv_out.bias"], average, atol=1e-5)
+    assert not (tmp_path / "none").exists()                # every 30 s, and it took less
 
-    def step(self, closure=None):
-        self.rates.append(self.param_groups[0]["lr"])
-        return super().step(closure)
+
+def test_fit_is_what_one_cycle_of_nesterovs_steps_by_hand_leads_to():
+    x, y = images(4, 8), torch.tensor([0, 2, 1, 0])
+    made = attacks.fit(PLAIN, x, y, epochs=7, batch_size=2, lr=0.05, seed=0, report=silent)
+    _, linear = PLAIN.fresh(0)
+    w, b, moves, losses = linear.weight.detach(), linear.bias.detach(), [0, 0], []
+    generator, k = torch.Generator().manual_seed(0), 0
+    for _ in range(7):
+        for batch in torch.randperm(4, generator=generator).split(2):
+            way = k / 2 if k < 2 else (14 - k) / 12        # up for a fifth of 15 steps, and down
+            height, least = (1 - math.cos(math.pi * way)) / 2, 2e-3 if k < 2 else 2e-7
+            lr, momentum = least + (0.05 - least) * height, 0.95 - 0.1 * height
+            seen, labels = x[batch].flatten(1), y[batch]
+            scores = seen @ w.T + b
+            error = (scores.softmax(1) - F.one_hot(labels, 3)) / 2
+            slopes = error.T @ seen + 5e-4 * w, error.sum(0) + 5e-4 * b
+            moves = [momentum * move + slope for move, slope in zip(moves, slopes)]
+            w, b = [p - lr * (slope + momentum * move)
+                    for p, slope, move in zip((w, b), slopes, moves)]
+            losses.append(F.cross_entropy(scores, labels).item())
+            k += 1
+    close(made["weights"]["1.weight"], w, atol=1e-6)
+    assert made["losses"] == pytest.approx([sum(losses[i:i + 2]) / 2 for i in range(0, 14, 2)])
 
 
-def test_train_unet_warms_up_and_lowers_its_rate_along_a_half_cosine(tmp_path):
-    unet.train_unet(tiny_unet(), images(2), levels=20, tilt=1.0, steps=150, batch_size=1, lr=0.01,
-                    optimizer=Recorded, ema_decay=0.9, seed=0, report=silent,
-                    unfinished=tmp_path / "none")
-    rates = [0.01 * min(1, k / 100) * (1 + math.cos(math.pi * (k - 1) / 150)) / 2
-             for k in range(1, 151)]
-    assert Recorded.rates == pytest.approx(rates)
+def test_ResNet_and_SimCLR_are_their_equations():
+    net = filled(attacks.SimCLR(widths=(8, 16), blocks=2, strides=(2,), classes=3))
+    w, root = net.state_dict(), math.sqrt(1 + 1e-5)        # a norm as it begins: mean 0, variance 1
+
+    def conv(h, name, stride=1):
+        kernel, name = w[f"encoder.{name}.0.weight"], f"encoder.{name}.1"
+        h = F.conv2d(h, kernel, stride=stride, padding=kernel.shape[-1] // 2) / root
+        return h * w[f"{name}.weight"].view(-1, 1, 1) + w[f"{name}.bias"].view(-1, 1, 1)
+    x = (1 + wave(2, 3, 8, 8)) / 2
+    h = conv(4 * x - 2, "levels.0").relu()
+    for i, stride in ((2, 2), (3, 1)):
+        inner = conv(conv(h, f"levels.{i}.conv1", stride).relu(), f"levels.{i}.conv2")
+        h = (inner + (conv(h, "levels.2.shortcut", 2) if i == 2 else h)).relu()
+    h = h.mean((2, 3))
+    close(net.features(x), h)
+    close(net.encoder(x), h @ w["encoder.head.weight"].T + w["encoder.head.bias"])
+    h = (h @ w["projection.0.weight"].T + w["projection.0.bias"]) / root
+    h = (h * w["projection.1.weight"] + w["projection.1.bias"]).relu()
+    close(net(x), h @ w["projection.3.weight"].T + w["projection.3.bias"])
+
+
+def test_networks_begin_as_they_should():
+    net = UNet(width=16, mults=(1, 2), blocks=1, attention=(8,), patch=2, size=16)
+    zero = [name for name, w in net.state_dict().items() if w.ndim > 1 and not w.any()]
+    assert len(zero) == 8 + 4 + 1 and set(name.split(".")[-2] for name in zero) == {
+        "conv2", "proj_attn", "conv_out"}                  # each block begins as its shortcut
+    for i, channels in ((0, 64), (2, 64), (5, 128)):       # He et al.: by the outputs
+        spread = VGG(64, (2, 1)).features[i].weight.std()
+        assert abs(spread / math.sqrt(2 / (9 * channels)) - 1) < 0.1
 
 
 def test_min_min_trains_surrogates_as_huang_et_al_do(monkeypatch):
@@ -365,25 +320,32 @@ def test_orthogonal_keeps_directions_and_makes_their_lengths_alike(shape):
     left, _, right = torch.linalg.svd(torch.randn(shape).double(), full_matrices=False)
     lengths = torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 0.5]).double()
     turned = left.mT @ attacks.orthogonal(left * lengths @ right) @ right.mT
-    assert ((turned.diagonal() > 0.6) & (turned.diagonal() < 1.3)).all()
-    close(turned - turned.diagonal().diag(), torch.zeros(6, 6).double(), atol=1e-6)
+    lengths /= lengths.norm()
+    for _ in range(5):
+        lengths = 3.4445 * lengths - 4.775 * lengths ** 3 + 2.0315 * lengths ** 5
+    close(turned, lengths.diag(), atol=1e-6)
+    assert 0.6 < lengths.min() and lengths.max() < 1.3
 
 
 def test_Muon_is_nesterovs_SGD_but_for_the_lengths_in_a_filters_step():
-    bias, twin = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
-    filters, unused = nn.Parameter(torch.ones(8, 3, 3, 3)), nn.Parameter(torch.ones(2, 2))
-    muon = attacks.Muon([bias, filters, unused], lr=0.5)
-    sgd = torch.optim.SGD([twin], lr=0.5, momentum=0.9, nesterov=True)
+    ours = [nn.Parameter(torch.ones(shape)) for shape in ((4,), (8, 3, 3, 3), (20, 5))]
+    twins, unused = copy.deepcopy(ours), nn.Parameter(torch.ones(2, 2))
+    muon = attacks.Muon([*ours, unused], lr=0.5)
+    sgd = torch.optim.SGD(twins, lr=0.5, momentum=0.9, nesterov=True)
     for _ in range(3):
-        bias.grad = torch.randn(4)
-        twin.grad = bias.grad.clone()
-        filters.grad = torch.randn(8, 3, 3, 3)
-        before = filters.detach().clone()
+        before = copy.deepcopy(ours), copy.deepcopy(twins)
+        for p, twin in zip(ours, twins):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.clone()
         muon.step()
         sgd.step()
-        close(bias, twin)
-        lengths = torch.linalg.svdvals((before - filters).detach().flatten(1)) / 0.5
-        assert ((lengths > 0.6) & (lengths < 1.3)).all()
+        for p, twin, p_before, twin_before in zip(ours, twins, *before):
+            step = (twin_before - twin).detach() / 0.5
+            if p.ndim > 1:
+                rows, columns = step.flatten(1).shape
+                step = attacks.orthogonal(step.flatten(1)).reshape(p.shape)
+                step *= max(1, math.sqrt(rows / columns))
+            close(p.detach(), p_before.detach() - 0.5 * step, atol=1e-5)
     same(unused.detach(), torch.ones(2, 2))                # it had no gradient
 
 
@@ -415,9 +377,14 @@ def test_Sampler_refuses_what_makes_no_sense(wrong):
 
 
 def test_purify_refuses_what_it_cannot_do(nets):
-    with pytest.raises(BadInput, match="0, 1"):
-        purify(*nets, images(1) * 255, JOINT)
-    young = copy.deepcopy(nets[0])
+    for beyond in (1.01, -0.01):
+        with pytest.raises(BadInput, match="0, 1"):
+            purify(*nets, torch.tensor([0.5, beyond]).view(2, 1, 1, 1).expand(2, 3, 32, 32), JOINT)
+    assert len(purify(*nets, images(0), JOINT)) == 0
+    young, seen = copy.deepcopy(nets[0]), []
+    young.max_level = 12                                   # as high as JOINT goes
+    purify(young, None, images(5), FREE, batch_size=2, report=lambda *done: seen.append(done))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
     young.max_level = 11
     with pytest.raises(BadInput, match="levels up to 11"):
         purify(young, nets[1], images(1), JOINT)
@@ -432,9 +399,11 @@ def test_random_resized_crop_draws_whole_boxes_again_until_they_fit(monkeypatch)
 
     def spy(x, *box):
         seen.append(torch.stack(box[:4]))
+        assert box[4:] == (16, generator)
         return x
     monkeypatch.setattr(attacks, "boxes", spy)
-    attacks.random_resized_crop(torch.zeros(20000, 1, 32, 32), torch.Generator().manual_seed(0), 16)
+    generator = torch.Generator().manual_seed(0)
+    attacks.random_resized_crop(torch.zeros(20000, 1, 32, 32), generator, 16)
     top, left, height, width = seen[0]
     assert all(torch.equal(side, side.round()) for side in seen[0])
     assert (top >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
@@ -446,22 +415,91 @@ def test_random_resized_crop_draws_whole_boxes_again_until_they_fit(monkeypatch)
     assert abs(top.mean() - (32 - height).mean() / 2) < 0.1
 
 
-def test_random_resized_crop_shows_that_box_resized_and_flipped(monkeypatch):
-    ramp = torch.arange(32.0) + 0.5                        # the view says which box it shows
-    x = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32), torch.ones(32, 32)])
-    boxes, seen = attacks.boxes, []
+def test_colour_jitter_changes_four_in_five_images_by_up_to_its_strengths(monkeypatch):
+    seen, names = [], ("brightness", "contrast", "saturation", "hue")
 
-    def spy(x, *box):
-        seen.append(torch.stack([box[3], box[2]], 1))
-        return boxes(x, *box)
-    monkeypatch.setattr(attacks, "boxes", spy)
-    view = attacks.random_resized_crop(x.expand(500, -1, -1, -1), torch.Generator().manual_seed(0),
-                                       16)
-    assert view.shape == (500, 3, 16, 16)
-    close(view[:, 2], torch.ones(500, 16, 16), atol=1e-6)  # weights of a pixel add up to one
-    inner = view[:, :2, 4:12, 4:12]
-    close((inner.amax((2, 3)) - inner.amin((2, 3))) * 16 / 7, seen[0], atol=0.5)
-    assert 0.4 < (view[:, 0, 0, 0] > view[:, 0, 0, -1]).float().mean() < 0.6  # half of them flipped
+    def spied(name):
+        def spy(x, factor):
+            seen.append((name, factor.flatten()))
+            return x + 1                                   # each is given what the last has made
+        return spy
+    for name in names:
+        monkeypatch.setattr(attacks, name, spied(name))
+    generator, orders = torch.Generator().manual_seed(0), set()
+    for _ in range(40):
+        seen.clear()
+        x = attacks.colour_jitter(torch.zeros(500, 1, 1, 1), generator)
+        assert (x == 4).all() and len(dict(seen)) == 4
+        orders.add(tuple(name for name, _ in seen))
+        factors = torch.stack([dict(seen)[name] for name in names])
+        same(factors == 1, (factors[:1] == 1).expand(4, -1))  # an image in all four ways or none
+        changes = factors[:, factors[0] != 1] - 1
+        for change, strength in zip(changes, (0.4, 0.4, 0.4, 0.1)):
+            assert -1 <= change.min() / strength < -0.95 and 0.95 < change.max() / strength <= 1.001
+            assert abs(change.mean()) < 0.1 * strength
+        assert 0.73 < changes.shape[1] / 500 < 0.87 and changes.corrcoef().triu(1).abs().max() < 0.2
+    assert len(orders) > 15                                # of 24: a new one for each batch
+
+
+# -- Seeds -----------------------------------------------------------------------------------------
+
+def unsettled(**config):
+    """A network, after which torch's own numbers are others each time."""
+    net = linear_network(16, 4)
+    torch.seed()
+    return net
+
+
+def flat(weights):
+    return torch.cat([w.flatten() for w in weights.values()])
+
+
+def drawn(c):
+    """A data set that draws from torch's own numbers, as the README's does."""
+    return train.divided(torch.rand(8, 3, 32, 32), torch.arange(8) % 2, c.images), ("a", "b")
+
+
+def tossed(report):
+    return dict(made=torch.rand(3))
+
+
+CROPPED = Victim(unsettled, class_scores)
+IMAGES, CLASSES = wave(12, 3, 16, 16).float() / 2 + 0.5, torch.arange(12) % 4
+DRAWS = {view.__name__: lambda seed, view=view: view(IMAGES, torch.Generator().manual_seed(seed))
+         for view in (attacks.crop_flip, attacks.quadrant_view, attacks.colour_jitter,
+                      attacks.grayscale, attacks.simclr_view)} | {
+    "partner_scores": lambda seed: attacks.partner_scores(
+        lambda x: x.flatten(1), IMAGES, None, torch.Generator().manual_seed(seed),
+        attacks.quadrant_view, 0.5)[0],
+    "fresh": lambda seed: flat(CROPPED.fresh(seed).state_dict()),
+    "min_min": lambda seed: attacks.min_min(IMAGES, CLASSES, CROPPED, rounds=2, train_batches=2,
+                                            noise_batches=1, batch_size=5, seed=seed),
+    "fit": lambda seed: flat(attacks.fit(CROPPED, IMAGES, CLASSES, epochs=1, batch_size=4,
+                                         seed=seed, report=silent)["weights"]),
+    "train_unet": lambda seed: flat(unet.train_unet(
+        copy.deepcopy(UNET), IMAGES, levels=20, tilt=1.0, steps=2, batch_size=2, lr=0.01,
+        optimizer=attacks.Muon, ema_decay=0.9, seed=seed, report=silent,
+        unfinished=Path("none"))["weights"]),
+    "purify": lambda seed: purify(UNET, None, IMAGES[:2], FREE, seeds=[seed, 7]),
+    "cached": lambda seed: train.cached(SimpleNamespace(seed=seed, run=Path(mkdtemp(dir="."))),
+                                        "tossed", tossed)["made"],
+    "load_data": lambda seed: train.load_data(configured(
+        "--data", "drawn", "--seed", seed, *asked_for(2, 2, 2, 2)))[0]["test"][0],
+    "shapes": lambda seed: train.shapes(10, seed)[0],
+    "drawings": lambda seed: train.drawings(configured("--limit", 9, "--seed", seed))[0]["test"][0]}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_is_given_a_seed_or_a_generator_draws_from_it_alone(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(train.DATASETS, "drawn", drawn)
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for seed in (0, 0, 1):
+        torch.seed()                                       # torch's own numbers: others each time
+        made.append(DRAWS[name](seed))
+    first, again, other = made
+    same(first, again)
+    assert not torch.equal(first, other)
 
 
 # -- What is kept ----------------------------------------------------------------------------------
@@ -522,6 +560,28 @@ def test_hashes_name_the_files_that_code_comes_from_and_no_others():
         found[name] = set(train.hashes({name: thing})) - {name}
     assert found == dict(noise={"attacks.py"}, victim={"attacks.py"}, unet={"unet.py"},
                          vgg={"perceptual.py", "unet.py"}, sampler={"le.py", "unet.py"})
+
+
+def test_hashes_of_code_that_is_in_no_file_are_new_each_time():
+    typed = FunctionType(doubled.__code__, {}, "typed")
+    typed.__module__ = "__main__"                          # as what a notebook has
+    first, second = [train.hashes(dict(function=typed)) for _ in range(2)]
+    assert first.keys() == second.keys() == {"function", "code that is in no file"}
+    assert first["function"] == second["function"] and first != second
+
+
+def test_train_ddpm_begins_with_a_network_of_the_seed_and_of_the_images_size(
+        tmp_path, monkeypatch):
+    c, begun = configured("--unet.attention", 4, "--out", tmp_path), []
+    monkeypatch.setattr(train, "cached", lambda *_, **given: begun.append(given))
+    for c.seed in (0, 0, 1):
+        torch.seed()
+        with pytest.raises(OSError, match="ddpm.pt"):      # which nobody has written here
+            train.train_ddpm(c, dict(unprotected=(images(2, 16), None)))
+    first, again, other = [flat(given["net"].state_dict()) for given in begun]
+    same(first, again)
+    assert not torch.equal(first, other) and begun[0]["net"].config["size"] == 16
+    assert begun[2]["seed"] == 1 and begun[0]["optimizer"] is attacks.Muon
 
 
 OWN = """
@@ -604,20 +664,6 @@ def test_cached_tells_lambdas_apart_and_what_they_have_captured(tmp_path, capsys
         assert f"lambda: {word}" in capsys.readouterr().out
 
 
-def drawn(c):
-    """A data set that draws from torch's own numbers, as the README's does."""
-    return train.divided(torch.rand(8, 3, 32, 32), torch.arange(8) % 2, c.images), ("a", "b")
-
-
-def test_load_data_gives_the_same_images_each_time_where_a_set_draws_from_torchs_own(monkeypatch):
-    monkeypatch.setitem(train.DATASETS, "drawn", drawn)
-    c = configured("--limit", 2, "--data", "drawn")
-    (first, _), (second, _) = [train.load_data(c)[0]["test"] for _ in range(2)]
-    same(first, second)
-    c.seed += 1
-    assert not torch.equal(train.load_data(c)[0]["test"][0], first)
-
-
 def test_cached_makes_again_what_was_made_before_an_edit_that_came_while_it_ran(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -680,15 +726,6 @@ def test_cached_makes_again_what_comes_out_different_after_an_edit(tmp_path, sma
     said = run(folder, "train.py", *SMALL, "--protections", "em-class", "--out", tmp_path / "run")
     assert set(re.findall(r"^([\w-]+): made again, ", said, re.M)) == {
         "ddpm", "vgg", "em-class-le", "classifier-em-class-le"}
-
-
-def test_cached_follows_settings_and_inputs(tmp_path, small_run, capsys):
-    shutil.copytree(small_run, tmp_path / "run")
-    command = [*SMALL, "--protections", "em-class", "--out", str(tmp_path / "run")]
-    train.main([*command, "--sampler.pixel_weight", "9"])
-    said = capsys.readouterr().out
-    assert "em-class-le: made again, as sampler changed" in said and "em-class: kept" in said
-    assert "classifier-em-class-le: made again, as images changed" in said
 
 
 # -- The command line ------------------------------------------------------------------------------
@@ -774,6 +811,18 @@ def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, argum
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("option, fits, refused", [
+    ("seed", 0, -1), ("seed", 2 ** 31 - 1, 2 ** 31), ("limit", 0, -1), ("limit", 2, 1),
+    ("epsilon", 1, 0.99), ("epsilon", 255, 256), ("ddpm.levels", T, T + 1), ("ddpm.tilt", 0, -0.1),
+    ("ddpm.tilt", 10, 10.1), ("resnet.widths", "8,8,8,8", "8,8,8,7"), ("sampler.t_star", 100, 101),
+    ("unet.width", 4, 3), ("unet.width", 6, 5), ("classifier.lr", 1e-9, 0),
+    ("noise.em-sample.warm_up", 0, 0.5), ("images.test", 2 ** 31 - 1, 2 ** 31)])
+def test_parse_takes_values_up_to_their_bounds(option, fits, refused):
+    configured(f"--{option}", fits)
+    with pytest.raises((BadInput, SystemExit)):
+        configured(f"--{option}", refused)
+
+
 def test_parse_lets_options_override_the_configuration_of_the_data():
     assert configured().unet["width"] == train.DEFAULTS["unet.width"]
     ours = configured("--data", "cifar10", "--sampler.steps", "7", "--seed", "3")
@@ -805,6 +854,16 @@ def test_parse_config_paper_is_the_papers_protocol():
     assert (em["noise_steps"], em["step"]) == (20, 0.1)
     assert (c.ddpm["levels"], c.images["test"]) == (T, 10000)
     assert c.noise["cp-class"]["batch_size"] == 512 and c.noise["cp-class"]["surrogates"] == 1
+
+
+def test_main_help_shows_the_options_as_they_stand_in_the_code(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    for line in ('"seed": 0,                     # of the images, the networks and the noise',
+                 "t_star: int = 100              # noise level", "momentum       of its gradient",
+                 "lr             the highest learning rate", '"vgg_weights": ""}'):
+        assert line in said
 
 
 # -- Functions of one's own ------------------------------------------------------------------------
@@ -842,20 +901,27 @@ def louder(images, labels, victim, *, epsilon, seed, report):
     return publish(images, torch.full_like(images, 2 * epsilon))
 
 
+def darker(images, labels, victim, *, epsilon, seed, report):
+    """A protection that changes as much as it may."""
+    return publish(images, torch.full_like(images, -epsilon))
+
+
 def smaller(images, labels, victim, *, epsilon, seed, report):
     """A protection that gives images of another size."""
     return images[:, :, ::2, ::2]
 
 
 def test_protect_says_where_a_protection_breaks_epsilon_or_shape(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PROTECTIONS, "louder", Protection(louder))
-    monkeypatch.setitem(PROTECTIONS, "smaller", Protection(smaller))
+    for make in (louder, darker, smaller):
+        monkeypatch.setitem(PROTECTIONS, make.__name__, Protection(make))
     c = configured("--out", tmp_path, "--protections", "louder,smaller", *asked_for(4, 4, 1, 1))
     sets, _ = train.load_data(c)
     train.claim(c)
     train.protect(c, "louder", sets)
     said = "louder: changes a channel by 16/255, more than --epsilon 8"
     assert said in capsys.readouterr().out
+    train.protect(c, "darker", sets)
+    assert "changes a channel" not in capsys.readouterr().out
     with pytest.raises(BadInput, match=r"smaller gave \(4, 3, 16, 16\), expected \(4, 3, 32, 32\)"):
         train.protect(c, "smaller", sets)
 
@@ -898,10 +964,11 @@ def blurred(net, distance, images, sampler, seeds, report):
 def test_main_takes_a_purifier_of_ones_own(tmp_path, small_run, monkeypatch, capsys):
     shutil.copytree(small_run, tmp_path / "run")
     monkeypatch.setitem(le.PURIFIERS, "blur", blurred)
-    train.main([*SMALL, "--purifier", "blur", "--protections", "em-class",
-                "--out", str(tmp_path / "run")])
+    train.main([*SMALL, "--purifier", "blur", "--sampler.pixel_weight", "9", "--protections",
+                "em-class", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert "em-class: kept" in said and "em-class-le: made again, as function, " in said
+    assert "em-class: kept" in said and "em-class-le: made again, as function, sampler, " in said
+    assert "classifier-em-class-le: made again, as images changed" in said
     assert "em-class-le: makes no use of its seed" in said
     before = unet.read(small_run / "em-class-le.pt")["images"]
     assert not torch.equal(unet.read(tmp_path / "run" / "em-class-le.pt")["images"], before)
@@ -912,10 +979,8 @@ def in_place(net, distance, images, sampler, seeds, report):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda x: x * float("nan"), "gave nan to nan"), (lambda x: 2 * x - 1, "expected .0, 1."),
     (lambda x: x.mean(0), r"gave \(3, 32, 32\), expected \(4, 3, 32, 32\)"),
-    (lambda x: x[:1].expand_as(x), "one image for all 4"), (lambda x: None, "gave a NoneType"),
-    (lambda x: x.numpy(), "gave a ndarray, expected a tensor")])
+    (lambda x: 2 * x, "to 2, expected .0, 1."), (lambda x: x - 1, "-1 to 0, expected .0, 1.")])
 def test_cached_refuses_what_is_no_set_of_images(tmp_path, change, message):
     def wrong(net, distance, images, sampler, seeds, report):
         return change(images)
@@ -933,6 +998,78 @@ def test_cached_refuses_what_is_no_set_of_images(tmp_path, change, message):
 def test_accuracy_refuses_scores_that_are_none(scores, message):
     with pytest.raises(BadInput, match=message):
         train.accuracy(scores, images(4), torch.zeros(4))
+
+
+@pytest.mark.parametrize("made, shape, message", [
+    (torch.ones(2, 3, 4, 4), (2, 3, 4, 4), "it gave one image for all 2"),
+    (torch.ones(2, 5), (2, 4), r"gave \(2, 5\), expected \(2, 4\)"), (None, (2,), "a NoneType"),
+    (torch.ones(2, 5, 1), (2, -1), "expected"), (np.ones(2), (2,), "a ndarray, expected a ten"),
+    (torch.tensor([0.5, 1.004]), (2,), r"gave 0.5 to 1, expected \(0, 1\), finite"),
+    (torch.tensor([-0.004, 0.5]), (2,), "gave -0.004 to 0.5"),
+    (torch.tensor([math.nan, 0.5]), (-1,), "gave nan"),
+    (torch.ones(1, 3, 4, 4), (1, 3, 4, 4), ""), (images(2), (2, 3, 32, 32), ""),
+    (torch.ones(3, 5), (3, -1), ""),                       # scores may be alike
+    (torch.tensor([-0.001, 1.001]), (2,), "")])
+def test_looked_at_refuses_what_is_not_as_expected(made, shape, message):
+    if not message:
+        assert le.looked_at("it", made, shape, (0, 1)) is made
+        return
+    with pytest.raises(BadInput, match=message):
+        le.looked_at("it", made, shape, (0, 1))
+
+
+class OfSeeds:
+    def __call__(self, net, distance, images, sampler, seeds, report):
+        return images + seeds[0]
+
+
+def test_unused_seed_sees_who_never_looks_at_it():
+    for make in (attacks.min_min, purify, functools.partial(attacks.min_min, shared="all"),
+                 OfSeeds(), lambda x, seed: x + seed):
+        assert not le.unused_seed(make)
+    for make in (blurred, red_corner, functools.partial(blurred, net=None),
+                 lambda x, seed: x):
+        assert le.unused_seed(make)
+
+
+# -- Progress --------------------------------------------------------------------------------------
+
+def progress(monkeypatch, live, calls):
+    """What Progress("net") writes on a terminal, or elsewhere, at calls (time, done, total, value),
+    one after the other: a list of texts."""
+    stream, clock, texts = io.StringIO(), [0.0], []
+    stream.isatty = lambda: live
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(le.time, "monotonic", lambda: clock[0])
+    report = le.Progress("net")
+    for clock[0], done, total, value in calls:
+        report(done, total, loss=value)
+        texts.append(stream.getvalue())
+        stream.seek(stream.truncate(0))
+    return texts
+
+
+def test_Progress_rewrites_one_line_on_a_terminal_and_ends_it_when_all_is_done(monkeypatch):
+    never = object()                                       # no number: nobody may look at it
+    said = progress(monkeypatch, True, [
+        (5.0, 2, 12, 0.123456), (5.125, 3, 12, never), (5.25, 2, 12, 4e5), (7.0, 4, 12, 0.5),
+        (7.2, 5, 12, torch.tensor(0.25)), (7.25, 12, 12, 0.125)])
+    texts = ["net: 2/12, loss 0.123", None, "net: 2/12, loss 4e+05",
+             "net: 4/12, 8 s left, loss 0.5", "net: 5/12, 5 s left, loss 0.25",
+             "net: 12/12, 0 s left, loss 0.125"]           # at 7: two in 2 s, and eight are left
+    assert said[:-1] == [text and f"\r{text:<78}" or "" for text in texts[:-1]]
+    assert said[-1] == f"\r{texts[-1]:<78}\n"
+
+
+def test_Progress_writes_plain_lines_off_a_terminal_every_20_seconds(monkeypatch):
+    never = object()
+    calls = [(0.0, 1, 9, 1), (19.9, 2, 9, never), (20.0, 3, 9, 2), (39.0, 4, 9, never),
+             (40.0, 5, 9, 3), (41.0, 9, 9, 4)]
+    lines = ["net: 1/9, loss 1\n", "", "net: 3/9, 60 s left, loss 2\n", "",
+             "net: 5/9, 40 s left, loss 3\n", "net: 9/9, 0 s left, loss 4\n"]
+    assert progress(monkeypatch, False, calls) == lines
+    monkeypatch.setattr(le, "first", lambda: False)        # one that does not talk, on a terminal
+    assert progress(monkeypatch, True, calls) == lines
 
 
 # -- Other machines --------------------------------------------------------------------------------
@@ -983,282 +1120,178 @@ def test_main_is_alone_where_another_program_has_set_what_torchrun_sets(monkeypa
     assert (tmp_path / "results.json").exists()
 
 
-# -- studies ---------------------------------------------------------------------------------------
+# -- Judging ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("study, written", [
-    (["pictures"], ["overview", "forward", "strip", "curves", "confusion", "neighbours"]),
-    (["ablation", "--only", "JPEG 10", "--protection", "em-class"], []),
-    (["ablation", "--only", "unguided, DDIM", "--protection", "em-class"], []),
-    (["ablation", "--only", "joint, on grey", "--protection", "cp-class"], []),
-    (["scenarios", "code", "--victims", "1"], ["code"]),
-    (["scenarios", "longer", "--victims", "1"], ["longer"]),
-    (["scenarios", "mean", "--victims", "1", "--protections", "em-class"], ["mean"]),
-    (["scenarios", "ceiling", "--victims", "1", "--protections", "em-class"], ["ceiling"]),
-    (["scenarios", "others", "--victims", "1", "--protections", "targeted",
-      "--sampler.perceptual_weight", "0"], ["others"]),   # as on photographs
-    (["scenarios", "mend", "--victims", "1"], ["mend"]),
-    (["scenarios", "few", "--victims", "1"], ["few"]),
-    (["scenarios", "shift", "--victims", "1"], ["shift", "shift-images"]),
-    (["scenarios", "victims", "--victims", "1", "--protections", "em-class"], ["victims"]),
-    (["scenarios", "reply", "--victims", "1"], ["reply"]),
-    (["scenarios", "strides", "--victims", "1", "--protections", "em-class"], ["strides"]),
-    (["scenarios", "worth", "--victims", "1"], ["worth"]),
-    (["scenarios", "part", "--victims", "1"], ["part"]),
-])
-def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
-    shutil.copytree(small_run, tmp_path / "run")
-    name, *options = study
-    main = importlib.import_module(f"studies.{name}").main
-    main([*options, *SMALL, "--out", str(tmp_path / "run")])
-    said = capsys.readouterr().out
-    assert ("ddpm: kept" in said or name == "scenarios") and (written or said.count("|") > 10)
-    for picture_name in written:
-        assert Image.open(tmp_path / "run" / f"{picture_name}.png").width > 300
-    if study[1:2] == ["part"]:
-        assert "part, em-sample" in said                   # the question's own, of a whole run
+def test_fitted_and_show_judge_networks_in_evaluation_mode(tmp_path, monkeypatch, capsys):
+    c, sets = configured("--out", tmp_path), dict(protected=(None, None), unprotected=0, test=1)
+    c.classes = 10
+    victim = attacks.victim_of(c, "classifier")
+    weights = awake(victim.fresh(1)).state_dict()
+    monkeypatch.setattr(train, "cached", lambda *_, **__: dict(weights=weights, losses=[2.0, 1.0]))
+    net, losses = train.fitted(c, "x", victim, images(2), sets)
+    assert not net.training and losses == [2.0, 1.0]
+    same(flat(net.state_dict()).cpu(), flat(weights))
+
+    def probe(encoder, known, asked):
+        assert not encoder.training and (known, asked) == (0, 1)
+        return 12.5
+    monkeypatch.setattr(train, "linear_probe", probe)
+    train.show(c, sets, [])
+    assert json.loads((tmp_path / "results.json").read_text())["floor"] == 12.5
+    assert "an untrained encoder's probe has 12.5." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", le.SAMPLERS)
-def test_ablation_changes_what_the_name_of_its_row_says(name):
-    sampler = le.SAMPLERS[name]
-    rows = {}
-    for part in ablation.questions(sampler).values():
-        rows |= part
-    alone, both = rows["perceptual only"], rows["joint, both"]
-    assert alone.perceptual_weight > 0 and alone.pixel_weight == 0 and both.perceptual_weight > 0
-    other = "colour" if sampler.compare == "grey" else "grey"
-    assert rows[f"joint, on {other}"] == replace(sampler, compare=other)
+def test_linear_probe_ends_where_its_loss_is_least(monkeypatch):
+    made, encoder, x = [], nn.Module(), torch.randn(200, 3, 2, 2) * torch.tensor([9.0, 0.1])
+    encoder.features = lambda x: x.flatten(1)
+    y = (x.flatten(1) @ torch.randn(12, 3)).argmax(1)
+
+    class Kept(nn.Linear):
+        def __init__(self, *size):
+            super().__init__(*size)
+            made.append(self)
+    monkeypatch.setattr(nn, "Linear", Kept)
+    train.linear_probe(encoder, (x, y), (x, y))
+    w, b = [p.detach() for p in made[0].parameters()]
+    z = (x - x.mean(0)).div(x.std(0)).flatten(1)
+    error = ((z @ w.T + b).softmax(1) - F.one_hot(y, 3)) / 200
+    close(error.T @ z, -2e-4 * w, atol=1e-4 * w.abs().max().item() / 4)
+    close(error.sum(0), torch.zeros(3), atol=1e-4)
 
 
-def test_pictures_says_where_there_is_nothing_to_draw(tmp_path, small_run, capsys):
-    shutil.copytree(small_run, tmp_path / "run")
-    pictures.main(["scenarios", *SMALL, "--out", str(tmp_path / "run")])
-    assert "scenarios: there is nothing to draw yet" in capsys.readouterr().err
+# -- Several processes -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("threads, helpers", [(1, 0), (2, 1), (4, 3), (9, 3)])
+def test_side_by_side_starts_a_fork_for_each_protection_or_further_thread(
+        monkeypatch, threads, helpers):
+    fork = Mock()
+    monkeypatch.setattr(train, "TEAM", SimpleNamespace())
+    monkeypatch.setattr(train, "shared_store", lambda: SimpleNamespace(port=7))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(train.multiprocessing, "get_context", lambda how: fork)
+    c = configured("--protections", "em-class,em-sample,cp-class")
+    train.side_by_side(c, {})
+    one = call(name="helper", target=train.help_out, args=(c, {}, 7), daemon=True)
+    assert fork.Process.call_args_list == helpers * [one]
+    assert fork.Process().start.call_count == len(train.TEAM.helpers) == helpers
 
 
-def test_main_studies_know_victims_of_ones_own_and_runs_of_two_images(tmp_path, monkeypatch):
-    monkeypatch.setitem(attacks.VICTIMS, "mine", attacks.VICTIMS["classifier"])
-    own = replace(attacks.PROTECTIONS["em-class"], victim="mine")
-    monkeypatch.setitem(attacks.PROTECTIONS, "own", own)
-    small = [*SMALL, "--limit", "2", "--protections", "own", "--out", str(tmp_path / "run")]
-    train.main(small)
-    scenarios.main(["cross", "--victims", "1", *small])
-    assert Image.open(tmp_path / "run" / "cross.png").width > 300
-    for picture in ("forward", "strip", "neighbours"):
-        pictures.main([picture, *small])
+def test_help_out_begins_with_what_the_first_process_comes_to_last(monkeypatch):
+    team, seen = SimpleNamespace(), []
+
+    def spy(c, kind, name, images, sets):
+        seen.append((name, images, team.waits))
+        if name == "em-sample-ue":
+            raise BlockingIOError                          # somebody else has begun it
+    monkeypatch.setattr(train, "TEAM", team)
+    monkeypatch.setattr(train, "shared_store", lambda port: f"of {port}")
+    monkeypatch.setattr(train, "train_victim", spy)
+    monkeypatch.setattr(train, "protect", lambda c, name, sets: f"UEs of {name}")
+    monkeypatch.setattr(train, "story", lambda c, sets: seen.append((c.protections, team.waits)))
+    names = ["em-class", "em-sample", "cp-class"]
+    train.help_out(configured("--protections", ",".join(names)), dict(protected="x"), 7)
+    assert seen == [(f"{name}-ue", f"UEs of {name}", False) for name in names[::-1]] + 3 * [
+        ("clean", "x", False)] + [(names[::-1], True)] and team.store == "of 7"
 
 
-def test_main_scenarios_all_asks_each_with_settings_of_its_own(tmp_path, small_run, monkeypatch):
-    seen = []
-
-    def watched(c, sets, count):
-        """What does it see?"""
-        seen.append(c.evaluate)
-        return scenarios.cross(c, sets, count)
-    questions = {"probe": scenarios.probe, "cross": watched}
-    monkeypatch.setattr(scenarios, "SCENARIOS", questions)
-    run = Path(shutil.copytree(small_run, tmp_path / "run"))
-    scenarios.main(["all", "--victims", "1", "--protections", "em-class", *SMALL,
-                    "--out", str(run)])
-    assert seen == ["test"]                                # though the probe's are for validation
-    for name in questions:
-        assert json.loads((run / f"{name}.json").read_text())
-        assert Image.open(run / f"{name}.png").width > 300
-
-
-def test_convolved_filters_every_channel_and_image_of_a_class_alike():
-    dot = torch.zeros(6, 3, 8, 8)
-    dot[:, :, 4, 4] = 1.0                                  # what becomes of it is the filter
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    made = protections.convolved(dot, labels, None, epsilon=0, seed=0, report=silent)
-    filters = made[:, :, 3:6, 3:6].flatten(2)
-    assert made.sum() == filters.sum()
-    same(filters[:3], filters[3:])
-    same(filters[:, :1].expand_as(filters), filters)
-    highest, others = filters.sort(descending=True)[0].split((1, 8), dim=2)
-    assert (highest == 1).all() and others.max() < 0.31
-    assert len({f.numpy().tobytes() for f in filters[:3, 0]}) == 3
+@pytest.mark.parametrize("how", ["torchrun", "forks"])
+def test_main_by_two_processes_makes_each_stage_once_and_the_same_bit_for_bit(tmp_path, how):
+    small = [*SMALL, "--protections", "em-class,em-sample,cp-class"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun * (how == "torchrun"), "train.py", *small, "--out"]
+    said = [run(HERE, *command, tmp_path / "two", threads="2"),
+            run(HERE, "train.py", *small, "--out", tmp_path / "one")]
+    names = sorted((file.stem for file in (tmp_path / "one").glob("*.pt")), key=len, reverse=True)
+    for text in said:                                      # where lines of two may run together
+        made = re.findall(f"({'|'.join(names)}): made in", text)
+        assert sorted(made) == sorted(names) and len(names) == 16
+    one, two = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two")]
+    assert one["rows"] == two["rows"] and one["floor"] == two["floor"]
+    for file in (tmp_path / "one").glob("*.pt"):
+        parts = [unet.read(tmp_path / out / file.name)["parts"] for out in ("one", "two")]
+        assert parts[0] == parts[1]
 
 
-def test_patches_fit_any_size():
-    ue = protections.patches(images(4, 28), torch.arange(4) % 2, None, epsilon=EPSILON, seed=0,
-                             report=silent)
-    assert ue.shape == (4, 3, 28, 28)
+BROKEN = """
+import os, signal, train
+from attacks import PROTECTIONS, Protection
+def broken(images, labels, victim, *, epsilon, seed, report):
+    {fault}
+PROTECTIONS["broken"] = Protection(broken)
+train.main()
+"""
 
 
-def test_deterministic_goes_through_all_rounds(monkeypatch):
-    net = awake(UNet(**TINY, size=16)).to(DEVICE)
-    done = []
-    sampler = Sampler(t_star=20, rounds=3, steps=2)
-    purifiers.deterministic(net, None, images(2, 16), sampler, [0, 1],
-                            lambda count, total: done.append((count, total)))
-    assert done == [(2, 6), (4, 6), (6, 6)]
+@pytest.mark.parametrize("fault, said", [
+    ("return images[:1]", "broken gave (1, 3, 32, 32), expected (4, 3, 32, 32)"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "broken: the process that began it has failed")])
+def test_main_ends_when_a_process_that_it_has_started_fails(tmp_path, fault, said):
+    program = tmp_path / "mine.py"
+    program.write_text(BROKEN.format(fault=fault))
+    command = [sys.executable, program, *SMALL, "--protections", "em-class,broken", "--out",
+               tmp_path / "run"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="2", PYTHONPATH=str(HERE)))
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_unshared_takes_away_what_all_images_bear_and_others_do_not():
-    originals = 0.25 + images(6) / 2
-    noise = torch.tensor([8.0, -8.0, 4.0]).view(3, 1, 1) / 255
-    unprotected = originals.flip(0)                        # other images, of the same mean
-    restored = replies.unshared(publish(originals, noise), unprotected)
-    same(restored, publish(originals, 0))
+# -- Data ------------------------------------------------------------------------------------------
+
+def test_shapes_are_the_images_that_our_tables_are_about():
+    x, labels = train.shapes(10, seed=0)
+    assert labels.tolist() == list(range(10))
+    told = (255 * x.double() * wave(3, 32, 32)).sum((1, 2, 3))  # what of each lies along a wave
+    agrees(told, [1313.6, 1952.8, 2200.7, 594.1, 655.0, 203.7, 1506.7, -2272.9, 1674.1, 2103.4], 4)
+    assert train.shapes(2, seed=0, size=48)[0].shape == (2, 3, 48, 48)
 
 
-def test_colours_anew_keeps_grey_values_and_no_colours_of_the_noise():
-    net = awake(UNet(**TINY, size=16)).to(DEVICE)
-    x = 0.3 + 0.4 * images(3, 16)
-    sampler = Sampler(t_star=20, rounds=2, steps=2)
-    anew = purifiers.colours_anew(net, x, sampler, [3, 1, 2])
-    assert (anew - x).mean(1).abs().max() <= 1 / 255 and (anew - x).abs().max() > 20 / 255
-    same(purifiers.colours_anew(net, x[1:], sampler, [1, 2]), anew[1:])  # noise is each image's own
-    made = purifiers.recoloured(net, None, x, sampler, [3, 1, 2])
-    same(made, (255 * made).round() / 255)
+# -- CIFAR-10 in its official archive --------------------------------------------------------------
+
+def cifar10_files(records=20):
+    """The official layout in small: {name: bytes}, and the records (6, records, 3073) in them."""
+    data = np.random.default_rng(0).integers(0, 256, (6, records, 3073), dtype=np.uint8)
+    data[:, :, 0] %= 10
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    return {name: part.tobytes() for name, part in zip(names, data)}, data
 
 
-def test_main_owner_gives_each_victim_a_noise_of_its_own(tmp_path, small_run):
-    run = Path(shutil.copytree(small_run, tmp_path / "run"))
-    scenarios.main(["owner", "--victims", "2", *SMALL, "--out", str(run)])
-    assert Image.open(run / "owner.png").width > 300
-    made = [unet.read(run / f"owner-8-knows-its-U-Net{k}.pt")["images"] for k in ("", "-1")]
-    assert not torch.equal(*made)
-    key = "classifier-owner-8-knows-its-U-Net"
-    for k, images in zip(("", "-1"), made):
-        learned = unet.read(run / f"{key}-UE{k}.pt")["parts"]["images"]
-        assert learned == train.hashes(dict(images=on_device(le.as_float(images))))["images"]
-    assert len({unet.read(run / f"{key}-LE{k}.pt")["parts"]["images"] for k in ("", "-1")}) == 2
+def write_cifar10(path, files, mode="w:gz"):
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
 
 
-def test_main_pictures_puts_answers_of_scenarios_side_by_side(tmp_path, small_run):
-    shutil.copytree(small_run, tmp_path / "run")
-    for name in ("few", "part"):
-        rows = [{name: f"{n} %", "mix": f"{n}.0 ± 1.0", "PSNR": "9 dB"} for n in (20, 50)]
-        (tmp_path / "run" / f"{name}.json").write_text(json.dumps(rows))
-    pictures.main(["scenarios", *SMALL, "--out", str(tmp_path / "run")])
-    assert Image.open(tmp_path / "run" / "scenarios.png").size == (2 * 620, 400)
+def test_cifar10_keeps_the_test_batch_apart_and_reads_planes_and_labels(tmp_path):
+    files, data = cifar10_files()
+    root = write_cifar10(tmp_path / "c.tar.gz", files)
+    (x, y), (_, test_y) = train.cifar10(root)
+    record = data[2, 5]                                    # the sixth of the third batch: image 45
+    assert y[45] == record[0] and x.shape == (100, 3, 32, 32)
+    assert abs(x[45, 1, 3, 7] - record[1 + 1024 + 3 * 32 + 7] / 255) < 1e-6
+    same(test_y, torch.from_numpy(data[5, :, 0]).long())
+    cifar = ["--data", "cifar10", "--root", root]
+    sets, _ = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15)))
+    same(sets["test"][1], test_y[:15])
+    shown = {x.numpy().tobytes(): label for part in sets.values() for x, label in zip(*part)}
+    assert len(shown) == 115
+    brought = [shown.get(image.numpy().tobytes(), label) == label for image, label in zip(x, y)]
+    others = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15), "--seed", 1))[0]
+    assert all(brought) and not torch.equal(others["protected"][0], sets["protected"][0])
+    for asked, message in ((51, 30, 20, 20), "100 are too few"), ((50, 30, 20, 21), "20 are too"):
+        with pytest.raises(BadInput, match=message):
+            train.load_data(configured(*cifar, *asked_for(*asked)))
 
 
-@pytest.mark.parametrize("study, message", [
-    (["pictures"], "no run yet; first `python train.py`"), (["bench"], "no run yet"),
-    (["scenarios", "part"], "no run yet"), (["ablation"], "no run yet"),
-    (["ablation", "--only", "soap"], "no run yet"), (["scenarios", "money"], "invalid choice"),
-])
-def test_main_studies_say_in_one_line_what_they_lack(tmp_path, capsys, study, message):
-    program = importlib.import_module(f"studies.{study[0]}").main
-    said = refusal(program, [*study[1:], "--out", tmp_path / "none"], capsys)
-    assert message in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize("program", [train, own_images, handout, *map(importlib.import_module, (
-    "studies.pictures", "studies.ablation", "studies.scenarios", "studies.bench"))])
-def test_main_help_is_there(program, capsys):
-    with pytest.raises(SystemExit) as stop:
-        program.main(["--help"])
-    assert stop.value.code == 0 and "    python " in capsys.readouterr().out
-
-
-def test_main_help_shows_the_options_as_they_stand_in_the_code(capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    said = capsys.readouterr().out
-    for line in ('"seed": 0,                     # of the images, the networks and the noise',
-                 "t_star: int = 100              # noise level", "momentum       of its gradient",
-                 "lr             the highest learning rate", '"vgg_weights": ""}'):
-        assert line in said
-
-
-# -- The plane, and drawing ------------------------------------------------------------------------
-
-def test_protect_moves_points_by_epsilon_off_the_circle_to_the_side_of_their_class():
-    points, classes = plane.natural_points(500, torch.Generator().manual_seed(0))
-    ue = plane.protect(points, classes)
-    assert ((ue - points).flatten(1).norm(dim=1) - plane.EPSILON).abs().max() < 1e-5
-    assert plane.moved(ue, points, classes) == pytest.approx((0, plane.EPSILON), abs=0.01)
-
-
-def test_the_perceptual_distance_of_the_plane_is_blind_to_the_perturbation_alone():
-    points, classes = plane.natural_points(50, torch.Generator().manual_seed(0))
-    distance, ue = plane.Directions(), plane.protect(points, classes)
-    seen = distance.embed(points / 2 + 0.5)
-    assert distance.to_embedding(ue / 2 + 0.5, seen).max() < 1e-8
-    assert distance.to_embedding(points.flip(1) / 2 + 0.5, seen).mean() > 0.1
-
-
-def test_conditions_keep_points_in_place_and_too_much_of_one_brings_the_protection_back():
-    points, classes = plane.natural_points(400, torch.Generator().manual_seed(0))
-    net = plane.fit(plane.Denoiser(), lambda net: unet.ddpm_loss(
-        net, points, torch.randint(1, 101, (400,)), torch.randn(points.shape)), 600, 0.005)
-    ue, ways = plane.protect(points, classes), []
-    for name in ("LEs, no condition", "LEs, both", "LEs, pixels x 50"):
-        made = plane.way_back(net, ue, plane.SAMPLERS[name], torch.Generator().manual_seed(0))
-        ways.append(plane.moved(made, points, classes))
-    (along, off), (along_both, off_both), (_, off_pixels) = ways
-    assert along_both < along / 2 and off < off_both < off_pixels and off_both < plane.EPSILON / 3
-
-
-def test_pictures_of_the_plane_are_drawn(tmp_path):
-    points, classes = plane.natural_points(50, torch.Generator().manual_seed(0))
-    found = {"points": (points, plane.perceptron(2, 8, 2), (99.0, 0.0, 0.0))}
-    slide.draw_panels(["points"] * 6, found, classes, plane.summary([found]), tmp_path / "a.png")
-    slide.draw_pipeline(tmp_path / "b.png")
-    assert all(Image.open(tmp_path / name).width > 1000 for name in ("a.png", "b.png"))
-
-
-def test_labels_of_a_plot_overlap_neither_each_other_nor_dots_and_stay_inside():
-    torch.manual_seed(0)
-    dots = (torch.rand(25, 2) * torch.tensor([860, 460]) + 20).tolist()
-    taken = [labels.square(x, y, 6) for x, y in dots]
-    boxes = labels.placed([(x, y, 120) for x, y in dots], taken, (900, 500))
-    for i, (left, top, right, bottom) in enumerate(boxes):
-        assert not any(labels.overlap(boxes[i], other) for other in [*taken, *boxes[:i]])
-        assert left >= 0 and top >= 0 and right <= 900 and bottom <= 500
-
-
-@pytest.mark.parametrize("t", [0, 36, 1000])
-def test_rows_of_forward_differ_by_exactly_the_perturbation_that_is_left(t):
-    original, move, eps = torch.randn(3, 3, 8, 8)
-    noisy, left, noise = pictures.forward_rows(original, original + move, eps, t)
-    kept = unet.ALPHA_BAR[t].sqrt().item()
-    torch.testing.assert_close(left - noise, kept * move, atol=1e-6, rtol=0)
-    torch.testing.assert_close(noisy - left, kept * (original - 0.5) + 0.5, atol=1e-6, rtol=0)
-
-
-# -- README ----------------------------------------------------------------------------------------
-
-def test_readme_commands_are_understood():
-    """Every command in the READMEs is one that the programs know."""
-    text = (HERE / "README.md").read_text() + (HERE / "studies" / "README.md").read_text()
-    start = r"(?:python|torchrun --nproc_per_node=\d+) "
-    commands = re.findall(rf"^    {start}(.*?)(?:  .*)?$", text, re.M)
-    commands += re.findall(rf"`{start}([^`]*)`", text)
-    assert len(commands) > 15
-    for command in sorted(set(commands)):
-        program, *arguments = shlex.split(command)
-        if program == "train.py" and arguments != ["--help"]:
-            train.parse(arguments)
-        elif program == "train.py":
-            assert set(train.every_option()) > set(train.DEFAULTS)
-        elif arguments[0].startswith("studies."):
-            assert (HERE / "studies" / f"{arguments[0].split('.')[1]}.py").exists(), command
-        else:
-            assert program == "mine.py" or arguments[0] == "pytest", command
-
-
-def test_readme_file_of_ones_own_works_as_it_is_shown(tmp_path):
-    text = (HERE / "README.md").read_text()
-    block, = [block for block in re.findall(r"```python\n(.*?)```", text, re.S)
-              if "train.main()" in block]
-    copied = copy_of_the_project(tmp_path / "copy")
-    (copied / "mine.py").write_text(block)
-    command = ["mine.py", *SMALL, "--protections", "corner", "--purifier", "blur", "--victim",
-               "mlp"]
-    said = run(copied, *command)
-    assert "mlp on corner-le: " in said and "| corner |" in said
-    (copied / "mine.py").write_text(block.replace("4, :4]", "5, :5]"))
-    again = re.findall(r"^([\w-]+): made", run(copied, *command), re.M)
-    assert "corner" in again and not {"vgg", "ddpm"} & set(again)  # what stands in other files
-
-
-def test_readme_counts_the_lines_of_each_file():
-    readme = (HERE / "README.md").read_text()
-    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M):
-        counted = len((HERE / name).read_text().splitlines())
-        assert abs(counted - int(lines)) <= 10, f"README.md: {name} has {counted} lines"
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
+@pytest.mark.parametrize("damage", ["cut", "a bit turned over"])
+def test_cifar10_notices_a_damaged_archive(tmp_path, mode, damage):
+    path = write_cifar10(tmp_path / "c.tar.gz", cifar10_files()[0], mode)
+    content = bytearray(path.read_bytes())
+    place = len(content) // 2
+    content[place] ^= 1
+    path.write_bytes(content[:place] if damage == "cut" else content)
+    with pytest.raises(BadInput, match="c.tar.gz"):
+        train.cifar10(path)
