@@ -12,7 +12,7 @@ ASSIGNMENTS = {
     6: ("attacks.py", "nt_xent_scores"), 7: ("le.py", "guidance"),
     8: ("le.py", "joint_conditioned_mean"), 9: ("train.py", "linear_probe"),
     10: ("studies/purifiers.py", "ddim"), 11: ("studies/rotation.py", "rotation_scores")}
-TEST_FILES = ("test_le.py", "studies/test_studies.py")
+TEST_FILES = ("test_le.py", "studies/test_studies.py", "studies/test_scenarios.py")
 
 
 def scopes(tree):
