@@ -102,7 +102,8 @@ CONFIGS = {
         "perceptual.epochs": 40, "perceptual.optimizer": "sgd", "noise.em-class.rounds": 24,
         "noise.em-sample.rounds": 12} | named("sampler", asdict(SAMPLERS["photographs"])),
     "quick": {"protections": ("em-class",), "images.protected": 2048, "images.unprotected": 2048,
-              "ddpm.steps": 500, "noise.em-class.noise_batches": 5, "classifier.epochs": 8},
+              "noise.em-class.rounds": 36, "noise.em-class.noise_batches": 5, "ddpm.steps": 500,
+              "perceptual.epochs": 4, "classifier.epochs": 10},
     "released": named("sampler", asdict(SAMPLERS["released"])),
     # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et
     # al., VGG-16; contrastive noise by 20 and 20 batches of 512 and one surrogate
@@ -258,8 +259,7 @@ def linear_probe(encoder, train, test):
         value.backward()
         return value
     optimizer.step(loss)
-    x_test = in_parts(encoder.features, test[0])
-    answers = linear((x_test - mean) / std).argmax(1)
+    answers = linear((in_parts(encoder.features, test[0]) - mean) / std).argmax(1)
     return 100 * (answers == test[1]).float().mean().item()
 
 
@@ -267,7 +267,8 @@ def table(rows):
     """The rows of `judge` as a Markdown table; what nobody can know is a dash."""
     columns = dict(clean="{:.1f}", ue="{:.1f}", le="{:.1f}", recovery="{:.2f}",
                    psnr_ue="{:.1f} dB", psnr_le="{:.1f} dB")
-    lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |", "|---" * 7 + "|"]
+    lines = ["| protection | clean | UE | LE | recovery | PSNR UE | PSNR LE |",
+             "|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = ["-" if row.get(key) is None else form.format(row[key])
                  for key, form in columns.items()]
@@ -631,7 +632,7 @@ def parse(argv):
     if data not in DATASETS:
         raise BadInput(f"--data {data}: expected one of {', '.join(DATASETS)}; for a folder, "
                        "`python -m studies.own`")
-    if not {"shapes", "photographs"} & set(given.config):
+    if not {"shapes", "photographs"} & {*given.config}:
         options |= CONFIGS["shapes" if data == "shapes" else "photographs"]
     for name in given.config:
         options |= CONFIGS[name]
@@ -676,12 +677,12 @@ def check(c):
         if not fits:
             raise BadInput(f"--{option}: expected {expected}")
     Sampler(**c.sampler)
-    for option, network, level in (("unet", partial(UNet, **c.unet, size=c.size), [1]),
-                                   ("vgg", partial(VGG, **c.vgg), []),
-                                   ("resnet", partial(ResNet, **c.resnet, classes=2), [])):
+    for option, network in (("unet", partial(UNet, **c.unet, size=c.size)),
+                            ("vgg", partial(VGG, **c.vgg)),
+                            ("resnet", partial(ResNet, **c.resnet, classes=2))):
         try:
             with torch.device("meta"):                     # shapes without numbers
-                network()(torch.zeros(1, 3, c.size, c.size), *level)
+                network()(torch.zeros(1, 3, c.size, c.size), *[1] * (option == "unet"))
         except Exception as error:                         # whatever the values lead to
             raise BadInput(f"--{option}: no network for images of {c.size} pixels has these "
                            f"settings ({said(error)})") from None
@@ -702,10 +703,9 @@ def side_by_side(c, sets):
     """Share the stages of the story with forks of this process, one for each protection, or as many
     as there are threads: one thread makes a stage, on any number of cores, and so the same."""
     count = min(torch.get_num_threads() - 1, len(c.protections))
-    TEAM.store, fork = shared_store(), multiprocessing.get_context("fork")
-    # a fork has the images, and functions of one's own, without asking where they come from
-    TEAM.helpers = [fork.Process(name="helper", target=help_out, args=(c, sets, TEAM.store.port),
-                                 daemon=True) for _ in range(count)]
+    TEAM.store, fork = shared_store(), multiprocessing.get_context("fork").Process
+    TEAM.helpers = [fork(name="helper", target=help_out, args=(c, sets, TEAM.store.port),
+                         daemon=True) for _ in range(count)]
     for helper in TEAM.helpers:
         helper.start()
 
