@@ -370,8 +370,7 @@ def shapes(n, seed, size=32):
 
 def drawings(c):
     """The sets of --data shapes, and their class names."""
-    images, labels = shapes(sum(c.images.values()), c.seed, c.size)
-    return divided(images, labels, c.images), SHAPES
+    return divided(*shapes(sum(c.images.values()), c.seed, c.size), c.images), SHAPES
 
 
 # -- Data: CIFAR-10 in its official binary layout --------------------------------------------------
@@ -645,8 +644,8 @@ def parse(argv):
             options[option] = min(value, options["limit"] or value)
     c = nested(options)
     check(c)
-    parts = [Path(data).name, *given.config] + [f"limit{c.limit}"][:c.limit]
-    c.run = Path(c.out or f"runs/{'-'.join(parts)}")
+    parts = given.config + [f"limit{c.limit}"][:c.limit] + [f"seed{c.seed}"][:c.seed]
+    c.run = Path(c.out or f"runs/{'-'.join([Path(data).name, *parts])}")
     print(f"{c.run}, on {DEVICE}:", *[f"{option}={value}" for option, value in asked.items()])
     return given.stage, c
 
@@ -689,14 +688,15 @@ def check(c):
 
 
 def claim(c):
-    """Make the run's folder, which belongs to one data set."""
+    """Make the run's folder, which belongs to one data set and one seed."""
     c.run.mkdir(parents=True, exist_ok=True)
-    note = c.run / "data.txt"
+    note, now = c.run / "data.txt", f"{c.data} --seed {c.seed}"
     before = os.fsdecode(note.read_bytes()) if note.exists() else ""
-    if before not in ("", c.data) and (before in DATASETS or Path(before).exists()):  # or moved
+    data = before.partition(" --seed ")[0]
+    if before not in ("", now) and (data in DATASETS or Path(data).exists()):  # else it was moved
         raise BadInput(f"{c.run} belongs to --data {before}; give another --out")
-    if before != c.data:
-        note.write_bytes(os.fsencode(c.data))
+    if before != now:
+        note.write_bytes(os.fsencode(now))
 
 
 def side_by_side(c, sets):

@@ -730,19 +730,19 @@ def test_cached_makes_again_what_comes_out_different_after_an_edit(tmp_path, sma
 
 # -- The command line ------------------------------------------------------------------------------
 
-def test_claim_lets_processes_of_one_run_in_and_another_data_set_not(tmp_path, monkeypatch):
+def test_claim_lets_processes_of_one_run_in_and_another_data_set_or_seed_not(tmp_path, monkeypatch):
     note = tmp_path / "data.txt"
     c = configured("--out", tmp_path)
-    for written in ("", "shapes"):                         # by another process: opened, or done
+    for written in ("", "shapes --seed 0"):                # by another process: opened, or done
         note.write_text(written)
         train.claim(c)
-        assert note.read_text() == "shapes"
-    c.data = "cifar10"
-    with pytest.raises(BadInput, match="belongs to --data shapes"):
-        train.claim(c)
-    assert note.read_text() == "shapes"
+        assert note.read_text() == "shapes --seed 0"
+    for key, value in dict(data="cifar10", seed=1).items():
+        with pytest.raises(BadInput, match="belongs to --data shapes --seed 0"):
+            train.claim(SimpleNamespace(**vars(c) | {key: value}))
+    assert note.read_text() == "shapes --seed 0"
     c.data = str(tmp_path)
-    note.write_text("/once/there")                         # data, or a run, that was moved
+    note.write_text("/once/there --seed 0")                # data, or a run, that was moved
     train.claim(c)
     monkeypatch.setattr(Path, "write_bytes", None)         # a run that can only be read
     train.claim(c)
@@ -832,7 +832,7 @@ def test_parse_lets_options_override_the_configuration_of_the_data():
     released = configured("--config", "released")
     assert Sampler(**released.sampler) == le.SAMPLERS["released"]
     runs = [c.run.name for c in (configured(), released, configured("--limit", 9), ours)]
-    assert runs == ["shapes", "shapes-released", "shapes-limit9", "cifar10"]
+    assert runs == ["shapes", "shapes-released", "shapes-limit9", "cifar10-seed3"]
     both = configured("--data", "cifar10", "--config", "paper", "--config", "released")
     assert both.run.name == "cifar10-paper-released" and both.unet["width"] == 128
     assert Sampler(**both.sampler) == le.SAMPLERS["released"]
