@@ -502,6 +502,147 @@ def test_what_is_given_a_seed_or_a_generator_draws_from_it_alone(tmp_path, monke
     assert not torch.equal(first, other)
 
 
+# -- Data ------------------------------------------------------------------------------------------
+
+def test_shapes_are_the_images_that_our_tables_are_about():
+    x, labels = train.shapes(10, seed=0)
+    assert labels.tolist() == list(range(10))
+    told = (255 * x.double() * wave(3, 32, 32)).sum((1, 2, 3))  # what of each lies along a wave
+    agrees(told, [1313.6, 1952.8, 2200.7, 594.1, 655.0, 203.7, 1506.7, -2272.9, 1674.1, 2103.4], 4)
+    assert train.shapes(2, seed=0, size=48)[0].shape == (2, 3, 48, 48)
+
+
+# -- CIFAR-10 in its official archive --------------------------------------------------------------
+
+def cifar10_files(records=20):
+    """The official layout in small: {name: bytes}, and the records (6, records, 3073) in them."""
+    data = np.random.default_rng(0).integers(0, 256, (6, records, 3073), dtype=np.uint8)
+    data[:, :, 0] %= 10
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    return {name: part.tobytes() for name, part in zip(names, data)}, data
+
+
+def write_cifar10(path, files, mode="w:gz"):
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_cifar10_keeps_the_test_batch_apart_and_reads_planes_and_labels(tmp_path):
+    files, data = cifar10_files()
+    root = write_cifar10(tmp_path / "c.tar.gz", files)
+    (x, y), (_, test_y) = train.cifar10(root)
+    record = data[2, 5]                                    # the sixth of the third batch: image 45
+    assert y[45] == record[0] and x.shape == (100, 3, 32, 32)
+    assert abs(x[45, 1, 3, 7] - record[1 + 1024 + 3 * 32 + 7] / 255) < 1e-6
+    same(test_y, torch.from_numpy(data[5, :, 0]).long())
+    cifar = ["--data", "cifar10", "--root", root]
+    sets, _ = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15)))
+    same(sets["test"][1], test_y[:15])
+    shown = {x.numpy().tobytes(): label for part in sets.values() for x, label in zip(*part)}
+    assert len(shown) == 115
+    brought = [shown.get(image.numpy().tobytes(), label) == label for image, label in zip(x, y)]
+    others = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15), "--seed", 1))[0]
+    assert all(brought) and not torch.equal(others["protected"][0], sets["protected"][0])
+    for asked, message in ((51, 30, 20, 20), "100 are too few"), ((50, 30, 20, 21), "20 are too"):
+        with pytest.raises(BadInput, match=message):
+            train.load_data(configured(*cifar, *asked_for(*asked)))
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
+@pytest.mark.parametrize("damage", ["cut", "a bit turned over"])
+def test_cifar10_notices_a_damaged_archive(tmp_path, mode, damage):
+    path = write_cifar10(tmp_path / "c.tar.gz", cifar10_files()[0], mode)
+    content = bytearray(path.read_bytes())
+    place = len(content) // 2
+    content[place] ^= 1
+    path.write_bytes(content[:place] if damage == "cut" else content)
+    with pytest.raises(BadInput, match="c.tar.gz"):
+        train.cifar10(path)
+
+
+# -- Judging ---------------------------------------------------------------------------------------
+
+def test_fitted_and_show_judge_networks_in_evaluation_mode(tmp_path, monkeypatch, capsys):
+    c, sets = configured("--out", tmp_path), dict(protected=(None, None), unprotected=0, test=1)
+    c.classes = 10
+    victim = attacks.victim_of(c, "classifier")
+    weights = awake(victim.fresh(1)).state_dict()
+    monkeypatch.setattr(train, "cached", lambda *_, **__: dict(weights=weights, losses=[2.0, 1.0]))
+    net, losses = train.fitted(c, "x", victim, images(2), sets)
+    assert not net.training and losses == [2.0, 1.0]
+    same(flat(net.state_dict()).cpu(), flat(weights))
+
+    def probe(encoder, known, asked):
+        assert not encoder.training and (known, asked) == (0, 1)
+        return 12.5
+    monkeypatch.setattr(train, "linear_probe", probe)
+    train.show(c, sets, [])
+    assert json.loads((tmp_path / "results.json").read_text())["floor"] == 12.5
+    assert "an untrained encoder's probe has 12.5." in capsys.readouterr().out
+
+
+def test_linear_probe_ends_where_its_loss_is_least(monkeypatch):
+    made, encoder, x = [], nn.Module(), torch.randn(200, 3, 2, 2) * torch.tensor([9.0, 0.1])
+    encoder.features = lambda x: x.flatten(1)
+    y = (x.flatten(1) @ torch.randn(12, 3)).argmax(1)
+
+    class Kept(nn.Linear):
+        def __init__(self, *size):
+            super().__init__(*size)
+            made.append(self)
+    monkeypatch.setattr(nn, "Linear", Kept)
+    train.linear_probe(encoder, (x, y), (x, y))
+    w, b = [p.detach() for p in made[0].parameters()]
+    z = (x - x.mean(0)).div(x.std(0)).flatten(1)
+    error = ((z @ w.T + b).softmax(1) - F.one_hot(y, 3)) / 200
+    close(error.T @ z, -2e-4 * w, atol=1e-4 * w.abs().max().item() / 4)
+    close(error.sum(0), torch.zeros(3), atol=1e-4)
+
+
+# -- Progress --------------------------------------------------------------------------------------
+
+def progress(monkeypatch, live, calls):
+    """What Progress("net") writes on a terminal, or elsewhere, at calls (time, done, total, value),
+    one after the other: a list of texts."""
+    stream, clock, texts = io.StringIO(), [0.0], []
+    stream.isatty = lambda: live
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(le.time, "monotonic", lambda: clock[0])
+    report = le.Progress("net")
+    for clock[0], done, total, value in calls:
+        report(done, total, loss=value)
+        texts.append(stream.getvalue())
+        stream.seek(stream.truncate(0))
+    return texts
+
+
+def test_Progress_rewrites_one_line_on_a_terminal_and_ends_it_when_all_is_done(monkeypatch):
+    never = object()                                       # no number: nobody may look at it
+    said = progress(monkeypatch, True, [
+        (5.0, 2, 12, 0.123456), (5.125, 3, 12, never), (5.25, 2, 12, 4e5), (7.0, 4, 12, 0.5),
+        (7.2, 5, 12, torch.tensor(0.25)), (7.25, 12, 12, 0.125)])
+    texts = ["net: 2/12, loss 0.123", None, "net: 2/12, loss 4e+05",
+             "net: 4/12, 8 s left, loss 0.5", "net: 5/12, 5 s left, loss 0.25",
+             "net: 12/12, 0 s left, loss 0.125"]           # at 7: two in 2 s, and eight are left
+    assert said[:-1] == [text and f"\r{text:<78}" or "" for text in texts[:-1]]
+    assert said[-1] == f"\r{texts[-1]:<78}\n"
+
+
+def test_Progress_writes_plain_lines_off_a_terminal_every_20_seconds(monkeypatch):
+    never = object()
+    calls = [(0.0, 1, 9, 1), (19.9, 2, 9, never), (20.0, 3, 9, 2), (39.0, 4, 9, never),
+             (40.0, 5, 9, 3), (41.0, 9, 9, 4)]
+    lines = ["net: 1/9, loss 1\n", "", "net: 3/9, 60 s left, loss 2\n", "",
+             "net: 5/9, 40 s left, loss 3\n", "net: 9/9, 0 s left, loss 4\n"]
+    assert progress(monkeypatch, False, calls) == lines
+    monkeypatch.setattr(le, "first", lambda: False)        # one that does not talk, on a terminal
+    assert progress(monkeypatch, True, calls) == lines
+
+
 # -- What is kept ----------------------------------------------------------------------------------
 
 def applied(function, x, report):
@@ -1032,46 +1173,6 @@ def test_unused_seed_sees_who_never_looks_at_it():
         assert le.unused_seed(make)
 
 
-# -- Progress --------------------------------------------------------------------------------------
-
-def progress(monkeypatch, live, calls):
-    """What Progress("net") writes on a terminal, or elsewhere, at calls (time, done, total, value),
-    one after the other: a list of texts."""
-    stream, clock, texts = io.StringIO(), [0.0], []
-    stream.isatty = lambda: live
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(le.time, "monotonic", lambda: clock[0])
-    report = le.Progress("net")
-    for clock[0], done, total, value in calls:
-        report(done, total, loss=value)
-        texts.append(stream.getvalue())
-        stream.seek(stream.truncate(0))
-    return texts
-
-
-def test_Progress_rewrites_one_line_on_a_terminal_and_ends_it_when_all_is_done(monkeypatch):
-    never = object()                                       # no number: nobody may look at it
-    said = progress(monkeypatch, True, [
-        (5.0, 2, 12, 0.123456), (5.125, 3, 12, never), (5.25, 2, 12, 4e5), (7.0, 4, 12, 0.5),
-        (7.2, 5, 12, torch.tensor(0.25)), (7.25, 12, 12, 0.125)])
-    texts = ["net: 2/12, loss 0.123", None, "net: 2/12, loss 4e+05",
-             "net: 4/12, 8 s left, loss 0.5", "net: 5/12, 5 s left, loss 0.25",
-             "net: 12/12, 0 s left, loss 0.125"]           # at 7: two in 2 s, and eight are left
-    assert said[:-1] == [text and f"\r{text:<78}" or "" for text in texts[:-1]]
-    assert said[-1] == f"\r{texts[-1]:<78}\n"
-
-
-def test_Progress_writes_plain_lines_off_a_terminal_every_20_seconds(monkeypatch):
-    never = object()
-    calls = [(0.0, 1, 9, 1), (19.9, 2, 9, never), (20.0, 3, 9, 2), (39.0, 4, 9, never),
-             (40.0, 5, 9, 3), (41.0, 9, 9, 4)]
-    lines = ["net: 1/9, loss 1\n", "", "net: 3/9, 60 s left, loss 2\n", "",
-             "net: 5/9, 40 s left, loss 3\n", "net: 9/9, 0 s left, loss 4\n"]
-    assert progress(monkeypatch, False, calls) == lines
-    monkeypatch.setattr(le, "first", lambda: False)        # one that does not talk, on a terminal
-    assert progress(monkeypatch, True, calls) == lines
-
-
 # -- Other machines --------------------------------------------------------------------------------
 
 class NotebookStream(io.StringIO):
@@ -1118,45 +1219,6 @@ def test_main_is_alone_where_another_program_has_set_what_torchrun_sets(monkeypa
     monkeypatch.setenv("RANK", "1")
     train.main([*SMALL, "--protections", "em-class", "--out", str(tmp_path)])
     assert (tmp_path / "results.json").exists()
-
-
-# -- Judging ---------------------------------------------------------------------------------------
-
-def test_fitted_and_show_judge_networks_in_evaluation_mode(tmp_path, monkeypatch, capsys):
-    c, sets = configured("--out", tmp_path), dict(protected=(None, None), unprotected=0, test=1)
-    c.classes = 10
-    victim = attacks.victim_of(c, "classifier")
-    weights = awake(victim.fresh(1)).state_dict()
-    monkeypatch.setattr(train, "cached", lambda *_, **__: dict(weights=weights, losses=[2.0, 1.0]))
-    net, losses = train.fitted(c, "x", victim, images(2), sets)
-    assert not net.training and losses == [2.0, 1.0]
-    same(flat(net.state_dict()).cpu(), flat(weights))
-
-    def probe(encoder, known, asked):
-        assert not encoder.training and (known, asked) == (0, 1)
-        return 12.5
-    monkeypatch.setattr(train, "linear_probe", probe)
-    train.show(c, sets, [])
-    assert json.loads((tmp_path / "results.json").read_text())["floor"] == 12.5
-    assert "an untrained encoder's probe has 12.5." in capsys.readouterr().out
-
-
-def test_linear_probe_ends_where_its_loss_is_least(monkeypatch):
-    made, encoder, x = [], nn.Module(), torch.randn(200, 3, 2, 2) * torch.tensor([9.0, 0.1])
-    encoder.features = lambda x: x.flatten(1)
-    y = (x.flatten(1) @ torch.randn(12, 3)).argmax(1)
-
-    class Kept(nn.Linear):
-        def __init__(self, *size):
-            super().__init__(*size)
-            made.append(self)
-    monkeypatch.setattr(nn, "Linear", Kept)
-    train.linear_probe(encoder, (x, y), (x, y))
-    w, b = [p.detach() for p in made[0].parameters()]
-    z = (x - x.mean(0)).div(x.std(0)).flatten(1)
-    error = ((z @ w.T + b).softmax(1) - F.one_hot(y, 3)) / 200
-    close(error.T @ z, -2e-4 * w, atol=1e-4 * w.abs().max().item() / 4)
-    close(error.sum(0), torch.zeros(3), atol=1e-4)
 
 
 # -- Several processes -----------------------------------------------------------------------------
@@ -1233,65 +1295,3 @@ def test_main_ends_when_a_process_that_it_has_started_fails(tmp_path, fault, sai
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS="2", PYTHONPATH=str(HERE)))
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
-
-
-# -- Data ------------------------------------------------------------------------------------------
-
-def test_shapes_are_the_images_that_our_tables_are_about():
-    x, labels = train.shapes(10, seed=0)
-    assert labels.tolist() == list(range(10))
-    told = (255 * x.double() * wave(3, 32, 32)).sum((1, 2, 3))  # what of each lies along a wave
-    agrees(told, [1313.6, 1952.8, 2200.7, 594.1, 655.0, 203.7, 1506.7, -2272.9, 1674.1, 2103.4], 4)
-    assert train.shapes(2, seed=0, size=48)[0].shape == (2, 3, 48, 48)
-
-
-# -- CIFAR-10 in its official archive --------------------------------------------------------------
-
-def cifar10_files(records=20):
-    """The official layout in small: {name: bytes}, and the records (6, records, 3073) in them."""
-    data = np.random.default_rng(0).integers(0, 256, (6, records, 3073), dtype=np.uint8)
-    data[:, :, 0] %= 10
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-    return {name: part.tobytes() for name, part in zip(names, data)}, data
-
-
-def write_cifar10(path, files, mode="w:gz"):
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-def test_cifar10_keeps_the_test_batch_apart_and_reads_planes_and_labels(tmp_path):
-    files, data = cifar10_files()
-    root = write_cifar10(tmp_path / "c.tar.gz", files)
-    (x, y), (_, test_y) = train.cifar10(root)
-    record = data[2, 5]                                    # the sixth of the third batch: image 45
-    assert y[45] == record[0] and x.shape == (100, 3, 32, 32)
-    assert abs(x[45, 1, 3, 7] - record[1 + 1024 + 3 * 32 + 7] / 255) < 1e-6
-    same(test_y, torch.from_numpy(data[5, :, 0]).long())
-    cifar = ["--data", "cifar10", "--root", root]
-    sets, _ = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15)))
-    same(sets["test"][1], test_y[:15])
-    shown = {x.numpy().tobytes(): label for part in sets.values() for x, label in zip(*part)}
-    assert len(shown) == 115
-    brought = [shown.get(image.numpy().tobytes(), label) == label for image, label in zip(x, y)]
-    others = train.load_data(configured(*cifar, *asked_for(50, 30, 20, 15), "--seed", 1))[0]
-    assert all(brought) and not torch.equal(others["protected"][0], sets["protected"][0])
-    for asked, message in ((51, 30, 20, 20), "100 are too few"), ((50, 30, 20, 21), "20 are too"):
-        with pytest.raises(BadInput, match=message):
-            train.load_data(configured(*cifar, *asked_for(*asked)))
-
-
-@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
-@pytest.mark.parametrize("damage", ["cut", "a bit turned over"])
-def test_cifar10_notices_a_damaged_archive(tmp_path, mode, damage):
-    path = write_cifar10(tmp_path / "c.tar.gz", cifar10_files()[0], mode)
-    content = bytearray(path.read_bytes())
-    place = len(content) // 2
-    content[place] ^= 1
-    path.write_bytes(content[:place] if damage == "cut" else content)
-    with pytest.raises(BadInput, match="c.tar.gz"):
-        train.cifar10(path)
