@@ -530,6 +530,7 @@ def write_cifar10(path, files, mode="w:gz"):
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+        archive.fileobj.write(bytes(2 << 20))              # as much as may follow the last file
     return path
 
 
