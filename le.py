@@ -160,7 +160,7 @@ def purify(net, distance, images, sampler=Sampler(), seeds=None, batch_size=BATC
 
 
 def recovery(clean, ue, le):
-    """Share of what UEs took that LEs give back: of 90, 10, 70 0.75; None if UEs took 1 or less."""
+    """Share of what UEs took that LEs give back, None of 1 or less: recovery(90, 10, 70) is 0.75"""
     return (le - ue) / (clean - ue) if clean - ue > 1 else None
 
 
@@ -170,15 +170,15 @@ PURIFIERS = {"joint": purify}
 
 # -- What every command needs: errors in one line, progress ----------------------------------------
 
-def first():
-    """Whether this process, of torchrun's or a fork of one, is the one of its run that talks."""
+def talks():
+    """Whether this process prints: of torchrun's that of rank 0, and no helper of another."""
     rank = os.environ["RANK"] if torch.distributed.is_torchelastic_launched() else "0"
     return rank == "0" and multiprocessing.current_process().name != "helper"
 
 
 def shared_store(port=0):
-    """Where processes, of one thread each, agree who does what: torchrun's, a port's, or new."""
-    torch.set_num_threads(1)
+    """Where processes agree who makes what: torchrun's store, the one at the port, or a new one."""
+    torch.set_num_threads(1)                               # each of them works by one thread
     if torch.distributed.is_torchelastic_launched():
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -189,7 +189,7 @@ def shared_store(port=0):
 @contextmanager
 def one_line_errors(program):
     """Within, what a user can mend ends the program with one line and exit code 2."""
-    if not first():
+    if not talks():
         sys.stdout = open(os.devnull, "w")
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):     # so that nothing half-written stays
@@ -203,7 +203,7 @@ def one_line_errors(program):
         print(f"{program}: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if first():
+        if talks():
             print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
@@ -239,7 +239,7 @@ class Progress:
         self.label, self.shown = label, None
 
     def __call__(self, done, total, **values):
-        now, live = time.monotonic(), first() and sys.stderr.isatty()
+        now, live = time.monotonic(), talks() and sys.stderr.isatty()
         if self.shown is None:
             self.start, self.first = now, done             # a resumed job does not begin at 0
         elif done < total and now - self.shown < (0.2 if live else 20):

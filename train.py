@@ -1,6 +1,6 @@
 """The whole experiment: protect images, purify them, and see what victims learn from each.
 
-    python train.py --config quick      one protection and half of the images, in two minutes
+    python train.py --config quick      one protection, half of the images: two to four minutes
     python train.py                     all protections, on built-in images (shapes)
     python train.py ddpm                only the networks that purification needs
     python train.py --data cifar10 --root cifar-10-binary.tar.gz
@@ -36,8 +36,8 @@ import perceptual
 import unet
 from attacks import (EPSILON, OPTIMIZERS, PROTECTIONS, VICTIMS, VIEWS, ResNet, Victim,
                      class_scores, fit, min_min, victim_of)
-from le import (PURIFIERS, SAMPLERS, Parser, Progress, Sampler, first, looked_at, one_line_errors,
-                recovery, shared_store, unused_seed)
+from le import (PURIFIERS, SAMPLERS, Parser, Progress, Sampler, looked_at, one_line_errors,
+                recovery, shared_store, talks, unused_seed)
 from perceptual import VGG, psnr
 from unet import DEVICE, BadInput, UNet, as_bytes, as_float, on_device, said, seed_of, train_unet
 
@@ -137,7 +137,7 @@ def story(c, sets, stage="all"):
         le = make_learnable(c, name, ue, net, distance)
         rows.append(judge(c, name, sets, ue, le))
         del ue, le                                         # before the next ones are made
-    if first():
+    if talks():
         show(c, sets, rows)
 
 
@@ -171,7 +171,7 @@ def protect(c, name, sets):
     if protection.start:
         how["start"] = on_device(protect(c, protection.start, sets))
     images, labels = sets["protected"]
-    surrogate = replace(victim_of(c, protection.victim), training={})  # it has its own
+    surrogate = replace(victim_of(c, protection.victim), training={})  # noise has its own
     made = cached(c, name, protection.make, images=on_device(images), labels=labels.to(DEVICE),
                   victim=surrogate, epsilon=c.epsilon / 255, seed=c.seed, **how)
     ue = as_float(made["images"])
@@ -192,7 +192,7 @@ def make_learnable(c, name, ue, net, distance):
 def judge(c, name, sets, ue, le):
     """A row of the table, by --victim, or by the victim that the protection is made against."""
     kind, images = kind_of(c, name), sets["protected"][0]
-    row = dict(protection=name,                            # with several processes, LEs come last
+    row = dict(protection=name,                            # LEs first: others begin with the rest
                le=train_victim(c, kind, f"{name}-le", le, sets),
                ue=train_victim(c, kind, f"{name}-ue", ue, sets),
                clean=train_victim(c, kind, "clean", images, sets),
@@ -533,7 +533,7 @@ def kept(path, parts):
         changed = [key for key in parts | made["parts"] if parts.get(key) != made["parts"].get(key)]
     except (BadInput, KeyError, TypeError, AttributeError):
         return None, f" again, as {path} is damaged,"
-    changed = ["Python"] if "Python" in changed else changed[:4]  # it words every file anew
+    changed = ["Python"] if "Python" in changed else changed[:4]  # whose syntax differs
     return (None, f" again, as {', '.join(changed)} changed,") if changed else (made, "")
 
 
@@ -541,9 +541,9 @@ TEAM = SimpleNamespace(store=None, waits=True, helpers=[])  # several processes;
 
 
 def cached(c, name, make, /, **inputs):
-    """What make(**inputs, report=...) gives, or gave before, if nothing has changed since: a dict,
-    in which images (N, 3, H, W), of a protection or a purifier, are bytes, "images". It is kept in
-    the run's folder, as name.pt. Says what is kept, what changed, and how long it took."""
+    """What make(**inputs, report=...) gives, or what it gave if nothing has changed since, kept in
+    the run's folder as name.pt: a dict, "images" in which, of a protection or a purifier, are
+    bytes. Of several processes the first that asks makes it. Says what changed and how long."""
     path, start = c.run / f"{name}.pt", time.monotonic()
     parts = hashes(dict(function=make) | inputs) | dict(Python=sys.version_info[:2])
     made, why = kept(path, parts)
@@ -575,7 +575,7 @@ def cached(c, name, make, /, **inputs):
         unfinished.unlink()
     if TEAM.store:
         TEAM.store.set(f"{work} is done", "")
-    print(f"{name}: made{why} in {seconds:.0f} s", file=sys.stdout if first() else sys.__stdout__)
+    print(f"{name}: made{why} in {seconds:.0f} s", file=sys.stdout if talks() else sys.__stdout__)
     return unet.read(path)
 
 
@@ -699,9 +699,9 @@ def claim(c):
         note.write_bytes(os.fsencode(now))
 
 
-def side_by_side(c, sets):
-    """Share the stages of the story with forks of this process, one for each protection, or as many
-    as there are threads: one thread makes a stage, on any number of cores, and so the same."""
+def start_helpers(c, sets):
+    """Share the stages with forks of this process, at most one for each protection, and in all as
+    many processes as threads. One thread makes a stage, so their number does not move numbers."""
     count = min(torch.get_num_threads() - 1, len(c.protections))
     TEAM.store, fork = shared_store(), multiprocessing.get_context("fork").Process
     TEAM.helpers = [fork(name="helper", target=help_out, args=(c, sets, TEAM.store.port),
@@ -712,8 +712,8 @@ def side_by_side(c, sets):
 
 @one_line_errors("train.py")
 def help_out(c, sets, port=0):
-    """What another process does: what waits for no network of the unauthorized user and nobody has
-    begun, the last protection's first; then whatever is left of the story."""
+    """The work of another process: noise, and victims of UEs and of clean images, but for what has
+    been begun (`cached` raises BlockingIOError), the last protection's first; then the story."""
     TEAM.store, TEAM.waits, c.protections = shared_store(port), False, c.protections[::-1]
     for name in c.protections:
         with suppress(BlockingIOError):
@@ -732,17 +732,17 @@ def main(argv=None):
         stage, c = parse(sys.argv[1:] if argv is None else argv)
         sets, _ = load_data(c)
         claim(c)
-        if not first():                                    # another of torchrun's
+        if not talks():                                    # another of torchrun's
             return stage == "ddpm" or help_out(c, sets)
         if torch.distributed.is_torchelastic_launched():
             TEAM.store = shared_store()
         elif stage == "all" and argv is None and DEVICE == "cpu" and hasattr(os, "fork"):
-            side_by_side(c, sets)
+            start_helpers(c, sets)
         story(c, sets, stage)
         print(f"It took {time.monotonic() - start:.0f} s.")
 
 
-# what runs is what was read, so it is looked at now
+# hash the files now, since what is edited from here on does not run
 files_of([name for name in list(sys.modules) if own_source(name)])
 torch.set_flush_denormal(True)        # denormal numbers late in training slow a CPU down
 

@@ -219,9 +219,10 @@ def report(rows, numbers, table):
         cells = [f"{points:g}" for points, _ in results.values()]
         wrong = [f"{ASSIGNMENTS[number][1]}: {said}" for number, (_, said) in results.items()
                  if said]
-        said = one_line(wrong[0]) if wrong else ""
-        writer.writerow([folder, total, most, *cells, said])
+        faults = [one_line(fault) for fault in wrong]
+        writer.writerow([folder, total, most, *cells, "; ".join(faults)])
         table.flush()
+        said = "".join(faults[:1]) + f" (and {len(faults) - 1} more)" * (len(faults) > 1)
         print(f"{one_line(str(folder))}: {total} of {most}  {said}".rstrip(), flush=True)
 
 

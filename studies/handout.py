@@ -26,7 +26,7 @@ from unet import BadInput
 # What a copy consists of: these patterns do not reach into folders of folders
 FILES = ("le.py", "unet.py", "perceptual.py", "attacks.py", "train.py", "test_le.py", "README.md",
          "requirements.txt", "constraints.txt", "pytest.ini", "LICENSE", ".gitignore",
-         "studies/*.py", "studies/README.md", "figures/*.png")
+         "studies/*.py", "studies/README.md", "findings/README.md", "figures/*.png")
 
 
 def function_in(source, name):

@@ -642,7 +642,7 @@ def test_Progress_writes_plain_lines_off_a_terminal_every_20_seconds(monkeypatch
     lines = ["net: 1/9, loss 1\n", "", "net: 3/9, 60 s left, loss 2\n", "",
              "net: 5/9, 40 s left, loss 3\n", "net: 9/9, 0 s left, loss 4\n"]
     assert progress(monkeypatch, False, calls) == lines
-    monkeypatch.setattr(le, "first", lambda: False)        # one that does not talk, on a terminal
+    monkeypatch.setattr(le, "talks", lambda: False)        # one that does not talk, on a terminal
     assert progress(monkeypatch, True, calls) == lines
 
 
@@ -1225,7 +1225,7 @@ def test_main_is_alone_where_another_program_has_set_what_torchrun_sets(monkeypa
 # -- Several processes -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("threads, helpers", [(1, 0), (2, 1), (4, 3), (9, 3)])
-def test_side_by_side_starts_a_fork_for_each_protection_or_further_thread(
+def test_start_helpers_starts_a_fork_for_each_protection_or_further_thread(
         monkeypatch, threads, helpers):
     fork = Mock()
     monkeypatch.setattr(train, "TEAM", SimpleNamespace())
@@ -1233,7 +1233,7 @@ def test_side_by_side_starts_a_fork_for_each_protection_or_further_thread(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(train.multiprocessing, "get_context", lambda how: fork)
     c = configured("--protections", "em-class,em-sample,cp-class")
-    train.side_by_side(c, {})
+    train.start_helpers(c, {})
     one = call(name="helper", target=train.help_out, args=(c, {}, 7), daemon=True)
     assert fork.Process.call_args_list == helpers * [one]
     assert fork.Process().start.call_count == len(train.TEAM.helpers) == helpers
