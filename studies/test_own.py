@@ -1,4 +1,5 @@
 """Tests of one's own folders and of published UEs: studies/own.py, folders.py and published.py."""
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from attacks import PROTECTIONS
 from le import BadInput
 from studies import folders, own
 from studies.test_studies import cifar10_files, write_cifar10
-from test_le import HERE, SMALL, asked_for, refusal, seeded
+from test_le import HERE, SMALL, asked_for, images, refusal, seeded
 
 TOY = [*SMALL[:10], "--unet.attention", "", "--ddpm.levels", "200"]
 RED, BLUE = (200, 30, 30), (30, 30, 200)
@@ -240,6 +241,13 @@ def test_main_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, mess
     monkeypatch.chdir(tmp_path)
     said = refusal(own.main, arguments, capsys)
     assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("scores, message", [
+    (lambda x: x.flatten(), "a victim gave"), (lambda x: x.flatten(1) * math.nan, "gave nan")])
+def test_accuracy_refuses_scores_that_are_none(scores, message):
+    with pytest.raises(BadInput, match=message):
+        train.accuracy(scores, images(4), torch.zeros(4))
 
 
 @pytest.mark.parametrize("name", [

@@ -125,15 +125,6 @@ def test_patches_fit_any_size():
     assert ue.shape == (4, 3, 28, 28)
 
 
-def test_deterministic_goes_through_all_rounds(monkeypatch):
-    net = awake(UNet(**TINY, size=16)).to(DEVICE)
-    done = []
-    sampler = Sampler(t_star=20, rounds=3, steps=2)
-    purifiers.deterministic(net, None, images(2, 16), sampler, [0, 1],
-                            lambda count, total: done.append((count, total)))
-    assert done == [(2, 6), (4, 6), (6, 6)]
-
-
 def test_unshared_takes_away_what_all_images_bear_and_others_do_not():
     originals = 0.25 + images(6) / 2
     noise = torch.tensor([8.0, -8.0, 4.0]).view(3, 1, 1) / 255

@@ -35,12 +35,12 @@ from attacks import EPSILON, PROTECTIONS, VICTIMS, Protection, ResNet, Victim, c
 from le import Sampler, purify
 from perceptual import VGG, PerceptualDistance
 from studies import rotation
-from studies.purifiers import ddim, p_sample, sample
+from studies.purifiers import ddim, deterministic, p_sample, sample
 from test_le import (FREE, HERE, JOINT, Malice, OneMap, PLAIN, SMALL, SMALL_VGG, TINY, UNET,
                      agrees, asked_for, awake, checkpoint, close, configured, filled, images,
                      linear_network, nets, refusal, same, seeded, silent, small_distance,
                      small_run, tiny_unet, wave)
-from unet import ALPHA_BAR, BETA, T, BadInput, UNet, posterior, predict_x0, q_sample
+from unet import ALPHA_BAR, BETA, DEVICE, T, BadInput, UNet, posterior, predict_x0, q_sample
 
 pytest_plugins = "studies.grading"
 
@@ -99,6 +99,13 @@ def test_p_sample_is_diffusers(stride, t, s, expected):
     eps = xt + wave(1, 1, 2, 4, start=200) / 3             # of eight x0, three or four are clipped
     noise = wave(1, 1, 2, 4, start=300)
     agrees(p_sample(lambda xt, t: eps, xt, t, s, noise, stride), expected)
+
+
+def test_deterministic_goes_through_all_rounds():
+    net, done = awake(UNet(**TINY, size=16)).to(DEVICE), []
+    deterministic(net, None, images(2, 16), Sampler(t_star=20, rounds=3, steps=2), [0, 1],
+                  lambda count, total: done.append((count, total)))
+    assert done == [(2, 6), (4, 6), (6, 6)]
 
 
 def test_rotation_scores_are_of_every_image_in_all_four_turns(monkeypatch):
@@ -1133,13 +1140,6 @@ def test_cached_refuses_what_is_no_set_of_images(tmp_path, change, message):
     before = x.clone()                                     # and who works in place gets a copy
     train.cached(c, "le", in_place, net=None, distance=None, images=x, sampler=None, seeds=[0] * 4)
     same(x, before)
-
-
-@pytest.mark.parametrize("scores, message", [
-    (lambda x: x.flatten(), "a victim gave"), (lambda x: x.flatten(1) * math.nan, "gave nan")])
-def test_accuracy_refuses_scores_that_are_none(scores, message):
-    with pytest.raises(BadInput, match=message):
-        train.accuracy(scores, images(4), torch.zeros(4))
 
 
 @pytest.mark.parametrize("made, shape, message", [
