@@ -569,13 +569,13 @@ def cached(c, name, make, /, **inputs):
             print(f"{name}: makes no use of its seed")
         made = looked_at(name, made, inputs["images"].shape, (0, 1))
         made = dict(images=as_bytes(made).cpu())
-    seconds = time.monotonic() - start
-    unet.save(path, made | dict(parts=parts, seconds=seconds, device=DEVICE))
+    unet.save(path, made | dict(parts=parts, seconds=time.monotonic() - start, device=DEVICE))
     for unfinished in c.run.glob(f"{name}.*.unfinished"):
         unfinished.unlink()
     if TEAM.store:
         TEAM.store.set(f"{work} is done", "")
-    print(f"{name}: made{why} in {seconds:.0f} s", file=sys.stdout if talks() else sys.__stdout__)
+    print(f"{name}: made{why} in {time.monotonic() - start:.0f} s", flush=True,
+          file=sys.stdout if talks() else sys.__stdout__)  # a fork ends without a flush
     return unet.read(path)
 
 
