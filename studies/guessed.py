@@ -5,7 +5,8 @@
 Each asks a question, which its function states, of the protections that --protections names, `none`
 among them; accuracies are on clean validation images. The guesses are in studies/README.md.
 
-files       what is left of a protection in the files that are published
+left        the share of a perturbation that is left in the files that are published
+files       what such files teach
 relearned   what LEs of such files teach
 means       the difference that a class's mean makes, taken away
 draws       LEs by several draws of the sampler's noise
@@ -78,21 +79,31 @@ def first_ones(c, sets, most):
 
 # -- Files -----------------------------------------------------------------------------------------
 
-def files(c, sets, pair, count, only=None):
-    """How much of a protection is left in the files that are published? Beside the accuracy stands
-    the share of the perturbation that is in the difference between two files."""
+def left(c, sets, pair, count, only=None):
+    """How much of a perturbation is left in the files that are published? The share of it that is
+    in the difference between the files of UEs and of originals; no victim is trained. Beside it,
+    how far the originals are from their files, on average, of 255."""
     clean = sets["protected"][0]
+    rows = []
+    for how, write in chosen(FORMATS, only).items():
+        originals = by_pillow(write, clean)
+        row = {"UEs as": how, "originals": f"{255 * (originals - clean).abs().mean():.2f}"}
+        for name in c.protections:
+            ue = train.protect(c, name, sets)
+            row[name] = f"{share_left(ue - clean, by_pillow(write, ue) - originals):.2f}"
+        rows.append(row)
+    return rows
+
+
+def files(c, sets, pair, count, only=None):
+    """What do such files teach, before anybody purifies?"""
     rows = []
     for how, write in chosen(FORMATS, only).items():
         row = {"UEs as": how}
         for name in c.protections:
-            ue = train.protect(c, name, sets)
-            published = by_pillow(write, ue)
+            published = by_pillow(write, train.protect(c, name, sets))
             what = named(how, "they are", "ue")
             row[name] = taught(c, sets, name, what, published, count)
-            if name != "none":
-                difference = published - by_pillow(write, clean)
-                row[f"{name}, left"] = f"{share_left(ue - clean, difference):.2f}"
         rows.append(row)
     return rows
 
@@ -221,8 +232,8 @@ def smooth(c, sets, pair, count, only=None):
     return rows
 
 
-EXPERIMENTS = dict(files=files, relearned=relearned, means=means, draws=draws, mixture=mixture,
-                   student=student, smooth=smooth)
+EXPERIMENTS = dict(left=left, files=files, relearned=relearned, means=means, draws=draws,
+                   mixture=mixture, student=student, smooth=smooth)
 
 
 def main(argv=None):

@@ -215,12 +215,14 @@ def test_changed_leaves_the_run_as_it_was_and_keeps_to_its_limit():
     assert other.unet["width"] == 16 and c.unet["width"] == 32
 
 
-def test_main_files_and_relearned(ask, watched):
+def test_main_left_files_and_relearned(ask, watched):
+    said = ask("left", "--protections", "em-class", "--only", "they are")
+    assert "| they are | 0.00 | 1.00 |" in said
+    said = ask("left", "--protections", "em-class", "--only", "a thumbnail")
+    assert "| UEs as | originals | em-class |" in said and "| 1.00 |" not in said
     said = ask("files", "--protections", "none,em-class", "--only", "a thumbnail")
-    assert "| UEs as | none | em-class | em-class, left |" in said
-    assert "| a thumbnail | 50.0 | 50.0 | 0." in said
-    said = ask("files", "--protections", "em-class", "--only", "they are")
-    assert "| they are | 50.0 | 1.00 |" in said
+    assert "| UEs as | none | em-class |" in said
+    assert "| a thumbnail | 50.0 | 50.0 |" in said
     ask("relearned", "--protections", "em-class")
     assert len(watched) == len(FORMATS)
     ue = watched["em-class-le", 0][0]
