@@ -164,3 +164,11 @@ def chosen(rows, only):
     if only and only not in rows:
         raise BadInput(f"--only {only}: expected one of {', '.join(rows)}")
     return {only: rows[only]} if only else rows
+
+
+def print_table(heading, rows):
+    """A table of rows, {column: value}, in Markdown, under a heading."""
+    print(f"\n{heading}\n\n| {' | '.join(rows[0])} |")
+    print("|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)

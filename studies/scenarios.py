@@ -45,7 +45,7 @@ from studies.contrastive import code, longer
 from studies.drawing import plot_columns, plot_rows
 from studies.prior import counts_up_to, few, prior, shift
 from studies.run import (accuracies_on, network_of, networks, only_one, opened, parser_of,
-                         repaired, shown, slug, spread, versions)
+                         print_table, repaired, shown, slug, spread, versions)
 from studies.untuned import mend, others
 
 OTHER = {"classifier": "simclr", "simclr": "classifier", "rotation": "classifier"}
@@ -190,10 +190,7 @@ def ask(name, c, sets, victims):
     path = c.run / f"{name}.json"
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     draw(name, rows).save(path.with_suffix(".png"))
-    print(f"\n{', '.join([name, *one.values()])}\n\n| {' | '.join(rows[0])} |")
-    print("|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
+    print_table(", ".join([name, *one.values()]), rows)
 
 
 def main(argv=None):
