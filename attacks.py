@@ -7,8 +7,8 @@ without labels: the noise says which two views are of one image. Both are one al
 `min_min`, over two losses; `studies/rotation.py` gives it a third.
 
 Reading order: what a victim learns -> min_min -> noise_step -> views -> networks -> fit. Images are
-in [0, 1], (B, 3, H, W); random choices are drawn per image, on the CPU.
-"""
+in [0, 1], (B, 3, H, W); random choices are drawn per image, on the CPU. This file imports none of
+the others, so an edit of those makes no noise again."""
 import inspect
 import math
 from dataclasses import dataclass, field, replace

@@ -150,7 +150,7 @@ def draws(c, sets, pair, count, n=8):
             other, what = of_seed(c, "le", k)
             made.append(purified(other, name, what, ue, pair))
         kind = train.kind_of(c, name)
-        victim = train.victim_in(c, kind, sets)
+        victim = train.victim_of(c, kind)
         scores = partial(scores_of_a_draw, scores=victim.scores_and_answers)
         of_any = replace(victim, scores_and_answers=scores)
         key = f"{kind}-{name}-any-of-{n}"
