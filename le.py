@@ -172,14 +172,14 @@ PURIFIERS = {"joint": purify}
 
 def talks():
     """Whether this process prints: of torchrun's that of rank 0, and no helper of another."""
-    rank = os.environ["RANK"] if torch.distributed.is_torchelastic_launched() else "0"
+    rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     return rank == "0" and multiprocessing.current_process().name != "helper"
 
 
 def shared_store(port=0):
     """Where processes agree who makes what: torchrun's store, the one at the port, or a new one."""
     torch.set_num_threads(1)                               # each of them works by one thread
-    if torch.distributed.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         return next(torch.distributed.rendezvous("env://"))[0]

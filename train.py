@@ -734,7 +734,7 @@ def main(argv=None):
         claim(c)
         if not talks():                                    # another of torchrun's
             return stage == "ddpm" or help_out(c, sets)
-        if torch.distributed.is_torchelastic_launched():
+        if "TORCHELASTIC_RUN_ID" in os.environ:
             TEAM.store = shared_store()
         elif stage == "all" and argv is None and DEVICE == "cpu" and hasattr(os, "fork"):
             start_helpers(c, sets)
