@@ -430,7 +430,7 @@ def test_quadrant_view_is_a_quadrant_less_its_mean():
     x = images(200, 16)
     views = attacks.quadrant_view(x, torch.Generator().manual_seed(0), jitter=1)
     assert views.shape == (200, 3, 8, 8) and (views.mean((2, 3)) - 0.5).abs().max() < 1e-5
-    seen = set()
+    seen = []
     for image, view in zip(x, views):
         for top in (0, 1, 7, 8):                           # 0 +- 1 and 8 +- 1, within the image
             for left in (0, 1, 7, 8):
@@ -438,8 +438,9 @@ def test_quadrant_view_is_a_quadrant_less_its_mean():
                 window = window - window.mean((1, 2), keepdim=True) + 0.5
                 for flip, candidate in ((False, window), (True, window.flip(2))):
                     if torch.allclose(view, candidate, atol=1e-5):
-                        seen.add((top, left, flip))
-    assert len(seen) > 24                                  # of 32
+                        seen.append((top > 4, left > 4, flip, top, left))
+    assert len(seen) == 200 and len(set(seen)) > 24        # of 32
+    assert all(70 < sum(choice) < 130 for choice in list(zip(*seen))[:3])  # each as often
 
 
 @pytest.mark.parametrize("start, length, n_out", [(0.0, 32.0, 32), (3.3, 17.5, 32), (0.0, 32.0, 20),
