@@ -314,6 +314,7 @@ def test_min_min_trains_surrogates_as_huang_et_al_do(monkeypatch):
 
     def scores(net, x, labels, generator):                 # nothing to learn, and no gradient
         modes.append(net.training)
+        assert 0 <= x.min() and x.max() <= 1               # as images that are published
         return 0 * net(x), labels
 
     def recorded(parameters, lr, **how):
@@ -633,11 +634,11 @@ def progress(monkeypatch, live, calls):
 def test_Progress_rewrites_one_line_on_a_terminal_and_ends_it_when_all_is_done(monkeypatch):
     never = object()                                       # no number: nobody may look at it
     said = progress(monkeypatch, True, [
-        (5.0, 2, 12, 0.123456), (5.125, 3, 12, never), (5.25, 2, 12, 4e5), (7.0, 4, 12, 0.5),
+        (5.0, 2, 12, 0.123456), (5.125, 3, 12, never), (5.25, 2, 12, 4e5), (7.0, 3, 12, 0.5),
         (7.2, 5, 12, torch.tensor(0.25)), (7.25, 12, 12, 0.125)])
     texts = ["net: 2/12, loss 0.123", None, "net: 2/12, loss 4e+05",
-             "net: 4/12, 8 s left, loss 0.5", "net: 5/12, 5 s left, loss 0.25",
-             "net: 12/12, 0 s left, loss 0.125"]           # at 7: two in 2 s, and eight are left
+             "net: 3/12, 18 s left, loss 0.5", "net: 5/12, 5 s left, loss 0.25",
+             "net: 12/12, 0 s left, loss 0.125"]           # at 7: one in 2 s, and nine are left
     assert said[:-1] == [text and f"\r{text:<78}" or "" for text in texts[:-1]]
     assert said[-1] == f"\r{texts[-1]:<78}\n"
 
