@@ -95,29 +95,18 @@ def left(c, sets, pair, count, only=None):
     return rows
 
 
-def files(c, sets, pair, count, only=None):
-    """What do such files teach, before anybody purifies?"""
+def files(c, sets, pair, count, only=None, learnable=False):
+    """What do such files teach, before anybody purifies; or LEs of them, where these are asked?"""
+    heading, ending = ("LEs of UEs as", "le") if learnable else ("UEs as", "ue")
     rows = []
     for how, write in chosen(FORMATS, only).items():
-        row = {"UEs as": how}
+        row = {heading: how}
+        what = named(how, "they are", ending)
         for name in c.protections:
-            published = by_pillow(write, train.protect(c, name, sets))
-            what = named(how, "they are", "ue")
-            row[name] = taught(c, sets, name, what, published, count)
-        rows.append(row)
-    return rows
-
-
-def relearned(c, sets, pair, count, only=None):
-    """What do LEs of such files teach?"""
-    rows = []
-    for how, write in chosen(FORMATS, only).items():
-        row = {"LEs of UEs as": how}
-        for name in c.protections:
-            published = by_pillow(write, train.protect(c, name, sets))
-            what = named(how, "they are", "le")
-            learnable = purified(c, name, what, published, pair)
-            row[name] = taught(c, sets, name, what, learnable, count)
+            images = by_pillow(write, train.protect(c, name, sets))
+            if learnable:
+                images = purified(c, name, what, images, pair)
+            row[name] = taught(c, sets, name, what, images, count)
         rows.append(row)
     return rows
 
@@ -232,8 +221,8 @@ def smooth(c, sets, pair, count, only=None):
     return rows
 
 
-EXPERIMENTS = dict(left=left, files=files, relearned=relearned, means=means, draws=draws,
-                   mixture=mixture, student=student, smooth=smooth)
+EXPERIMENTS = dict(left=left, files=files, relearned=partial(files, learnable=True), means=means,
+                   draws=draws, mixture=mixture, student=student, smooth=smooth)
 
 
 def main(argv=None):
