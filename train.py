@@ -592,7 +592,7 @@ def every_option():
 
 def numbers(text):
     """Comma-separated numbers as a tuple: numbers("1,2") is (1, 2), and numbers("") is ()."""
-    return tuple(int(n) for n in text.split(",") if n)
+    return tuple(float(n) if "." in n else int(n) for n in text.split(",") if n)
 
 
 KINDS = {"protections": partial(str.split, sep=","), tuple: numbers, str: str, float: float}
