@@ -12,7 +12,6 @@ import argparse
 import dis
 import inspect
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import current_process
 
 import torch
 
@@ -27,6 +27,7 @@ from unet import (DEVICE, BadInput, as_bytes, as_float, mixed_precision, posteri
                   q_sample, said, sigma, visited_levels)
 
 BATCH = 512 if DEVICE == "cuda" else 32                    # images purified at once
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ             # whether it has started this process
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,13 @@ PURIFIERS = {"joint": purify}
 
 def talks():
     """Whether this process prints: of torchrun's that of rank 0, and no helper of another."""
-    rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
-    return rank == "0" and multiprocessing.current_process().name != "helper"
+    return current_process().name != "helper" and not (TORCHRUN and os.environ["RANK"] != "0")
 
 
 def shared_store(port=0):
     """Where processes agree who makes what: torchrun's store, the one at the port, or a new one."""
     torch.set_num_threads(1)                               # each of them works by one thread
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if TORCHRUN:
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         return next(torch.distributed.rendezvous("env://"))[0]

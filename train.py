@@ -36,8 +36,8 @@ import perceptual
 import unet
 from attacks import (EPSILON, OPTIMIZERS, PROTECTIONS, VICTIMS, VIEWS, ResNet, Victim,
                      class_scores, fit, min_min, victim_of)
-from le import (PURIFIERS, SAMPLERS, Parser, Progress, Sampler, looked_at, one_line_errors,
-                recovery, shared_store, talks, unused_seed)
+from le import (PURIFIERS, SAMPLERS, TORCHRUN, Parser, Progress, Sampler, looked_at,
+                one_line_errors, recovery, shared_store, talks, unused_seed)
 from perceptual import VGG, psnr
 from unet import DEVICE, BadInput, UNet, as_bytes, as_float, on_device, said, seed_of, train_unet
 
@@ -608,7 +608,7 @@ def parse(argv):
     options = every_option()
     source = Path(__file__).read_text(encoding="utf-8")    # in which the options stand
     block = source[source.index("DEFAULTS = {"):source.index("\n\n# What differs")]
-    says = "\n".join((block, inspect.getsource(Sampler), fit.__doc__, min_min.__doc__))
+    says = f"{block}\n{inspect.getsource(Sampler)}\n{fit.__doc__}\n{min_min.__doc__}"
     hidden = argparse.SUPPRESS
     parser = Parser(prog="train.py", usage="train.py [all | ddpm] [--OPTION VALUE ...]",
                     description=__doc__, epilog=says.replace("%", "%%"), allow_abbrev=False,
@@ -733,8 +733,8 @@ def main(argv=None):
         sets, _ = load_data(c)
         claim(c)
         if not talks():                                    # another of torchrun's
-            return stage == "ddpm" or help_out(c, sets)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return help_out(c, sets) if stage == "all" else None
+        if TORCHRUN:
             TEAM.store = shared_store()
         elif stage == "all" and argv is None and DEVICE == "cpu" and hasattr(os, "fork"):
             start_helpers(c, sets)
