@@ -29,23 +29,26 @@ def coded(c, sets):
         "code after": torch.cat([images, codes], 1)}
 
 
-def reading(c, sets, view):
-    """SimCLR that sees the images through a view, and a code beside them as it is."""
-    simclr = train.victim_of(c, "simclr")
-    return replace(simclr, choice=simclr.choice | dict(view=partial(coded_view, view=view)))
+def reading(c, view, kind="simclr"):
+    """A victim that sees the images through a view, and a code beside them as it is."""
+    victim = train.victim_of(c, kind)
+    return replace(victim, choice=victim.choice | dict(view=partial(coded_view, view=view)))
 
 
 def code(c, sets, count):
     """Blocks of +-8/255 that say the class, added before the views or after them.
 
-    A positive control: SimCLR can be fooled by a code; what destroys it is the augmentation.
+    A positive control: SimCLR, or --victim, can be fooled by a code; what destroys it is the
+    augmentation.
     """
     c.evaluate = "validation"
+    kind = c.victim or "simclr"
+    prefix = "code" if kind == "simclr" else f"code-{kind}"
     rows = []
     for name, view in VIEWS.items():
-        victim, row = reading(c, sets, view), {"views": name}
+        victim, row = reading(c, view, kind), {"views": name}
         for what, x in coded(c, sets).items():
-            key = f"code-{name}-{slug(what)}"
+            key = f"{prefix}-{name}-{slug(what)}"
             accuracies = judged(c, key, victim, x, sets, count)
             row[what] = shown(accuracies)
         rows.append(row)
@@ -65,7 +68,7 @@ def longer(c, sets, count, protection="cp-class"):
         for what, x in images.items():
             key = f"longer-{epochs}-{what.lower()}"
             row[what] = shown(spread(c, "simclr", key, x, sets, count))
-        victim = reading(c, sets, VIEWS[c.simclr["view"]])
+        victim = reading(c, VIEWS[c.simclr["view"]])
         row["code after"] = shown(judged(c, f"longer-{epochs}-code", victim, bound, sets, count))
         rows.append(row)
     return rows

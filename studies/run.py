@@ -9,7 +9,7 @@ import torch
 import le
 import train
 from unet import BadInput, as_float, seed_of
-from studies import own, protections, rotation
+from studies import own, protections, rotation, siamese
 
 
 def parser_of(name, doc):
@@ -41,6 +41,7 @@ def register():
     """Let options name the protections and victims of the studies."""
     protections.register()
     rotation.register()
+    siamese.register()
 
 
 def networks(c, sets, perceptual=False):
