@@ -23,7 +23,7 @@ def test_readme_commands_are_understood():
         elif arguments[0].startswith("studies."):
             assert (HERE / "studies" / f"{arguments[0].split('.')[1]}.py").exists(), command
         else:
-            assert program == "mine.py" or arguments[0] == "pytest", command
+            assert program in ("mine.py", "-c") or arguments[0] == "pytest", command
 
 
 def test_readme_file_of_ones_own_works_as_it_is_shown(tmp_path):
