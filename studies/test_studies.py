@@ -969,14 +969,16 @@ def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, argum
 
 @pytest.mark.parametrize("option, fits, refused", [
     ("seed", 0, -1), ("seed", 2 ** 31 - 1, 2 ** 31), ("limit", 0, -1), ("limit", 2, 1),
-    ("epsilon", 1, 0.99), ("epsilon", 255, 256), ("ddpm.levels", T, T + 1), ("ddpm.tilt", 0, -0.1),
-    ("ddpm.tilt", 10, 10.1), ("resnet.widths", "8,8,8,8", "8,8,8,7"), ("sampler.t_star", 100, 101),
-    ("unet.width", 4, 3), ("unet.width", 6, 5), ("classifier.lr", 1e-9, 0),
-    ("noise.em-sample.warm_up", 0, 0.5), ("images.test", 2 ** 31 - 1, 2 ** 31)])
+    ("epsilon", 1, 0.99), ("epsilon", 255, 256), ("ddpm.levels", 1, 0), ("ddpm.levels", T, T + 1),
+    ("ddpm.tilt", 0, -0.1), ("ddpm.tilt", 10, 10.1), ("resnet.widths", "8,8,8,8", "8,8,8,7"),
+    ("sampler.t_star", 100, 101), ("unet.width", 4, 3), ("unet.width", 6, 5),
+    ("classifier.lr", 1e-9, 0), ("noise.em-sample.warm_up", 0, 0.5),
+    ("images.test", 2 ** 31 - 1, 2 ** 31)])
 def test_parse_takes_values_up_to_their_bounds(option, fits, refused):
-    configured(f"--{option}", fits)
+    one = ["--sampler.t_star", 1, "--sampler.steps", 1] * (option == "ddpm.levels")
+    configured(f"--{option}", fits, *one)
     with pytest.raises((BadInput, SystemExit)):
-        configured(f"--{option}", refused)
+        configured(f"--{option}", refused, *one)
 
 
 def test_parse_lets_options_override_the_configuration_of_the_data():
