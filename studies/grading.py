@@ -12,6 +12,7 @@ import torch
 
 from studies.assignments import claims
 
+pytest_plugins = () if torch.cuda.is_available() else ("studies.halves",)  # no fork has a GPU
 CLAIMS = claims()
 
 
