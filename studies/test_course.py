@@ -210,7 +210,9 @@ import os, pathlib, pytest, time
 def test_one(k):
     if k == 199:
         pathlib.Path("last").touch()
-    while k == 0 and not pathlib.Path("last").exists():    # the other process sees to it
+    end = time.monotonic() + 20
+    while k == 0 and not pathlib.Path("last").exists():    # which the other process makes
+        assert time.monotonic() < end
         time.sleep(0.01)
     {fault}
 """
