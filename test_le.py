@@ -1057,9 +1057,9 @@ def test_train_unet_learns_from_images_in_minus_one_to_one_half_of_them_flipped(
 
 # -- train.py: the story ---------------------------------------------------------------------------
 
-SMALL = ["--limit", "4", "--resnet.widths", "8,8,8", "--resnet.strides", "2,2", "--unet.width", "8",
-         "--vgg.width", "4", "--noise.cp-class.surrogates", "1", "--noise.cp-class.rounds", "1",
-         "--noise.cp-sample.surrogates", "1", "--noise.cp-sample.rounds", "1"]
+SMALL = """--limit 4 --resnet.widths 8,8,8 --resnet.strides 2,2 --unet.width 8 --vgg.width 4
+    --noise.em-class.rounds 1 --noise.em-sample.rounds 1 --noise.cp-class.surrogates 1
+    --noise.cp-class.rounds 1 --noise.cp-sample.rounds 1 --noise.cp-sample.surrogates 1""".split()
 
 
 @pytest.fixture(scope="session")

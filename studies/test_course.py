@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,31 +53,33 @@ def toy(tmp_path, monkeypatch):
 DEFINED, LOOP = "def q_sample", "while True:\n        "
 # What a submission has in place of what, and what is said of it
 FAULTS = {
-    "right": ("", "", ""), "utf-8-sig": ("", "", ""),
-    "latin-1": ('"""Two', '# coding: latin-1\n# B\xfcrgi\n"""Two', ""),
-    "no-docstring": ('    """Between an image and noise."""\n', "", ""),
-    "endless": (BODY, f"{LOOP}pass", "of_no_noise: did not end within 5 s"),
-    "prints": (BODY, f"{LOOP}print('x' * 10 ** 6)", "did not end within 5 s"),
+    "right": ("", "", ""),
+    "endless": (BODY, f"{LOOP}time.sleep(1)\nimport time", "of_no_noise: did not end within 5 s"),
+    "prints": (BODY, f"{LOOP}print('x' * 10 ** 7, time.sleep(0.1))\nimport time", "within 5 s"),
     "memory": (BODY, f"kept = []\n    {LOOP}kept.append(bytearray(2 ** 26))", "MemoryError"),
     "syntax": (BODY, "x = (", r"unet.py: line \d+: '\(' was never closed"),
     "renamed": (DEFINED, "def q_sampled", "no function of this name"),
     "unwritten": (BODY, "raise NotImplementedError", "is not written yet"),
     "import-inside": (BODY, "import not_installed", "No module named 'not_installed'"),
     "import-outside": (BODY, "gone.run()\nimport math, gone", "No module named 'gone'"),
-    "not-needed": (DEFINED, f"import not_installed\nopen('/none')\n{DEFINED}", ""),
     "exits": (BODY, "import sys\n    sys.exit(0)", "SystemExit: 0"),
     "ends": (BODY, "import os\n    os._exit(0)", "ended the process, exit code 0"),
     "a-child": (BODY, f"import subprocess as s\n    s.Popen(['sleep', '4321'])\n    {BODY}", ""),
-    "star": (BODY, "return t * eps + (hypot(1, 0) - t) * x0\nfrom math import *", ""),
+    "wrong": (BODY, "return eps", "q_sample: test_q_sample_of_no_noise: assert 5.0 == 3.0")}
+# What a submission may have in place of what, since nothing is wrong with it
+WAYS = {
+    "utf-8-sig": ("", ""), "latin-1": ('"""Two', '# coding: latin-1\n# B\xfcrgi\n"""Two'),
+    "no-docstring": ('    """Between an image and noise."""\n', ""),
+    "not-needed": (DEFINED, f"import not_installed\nopen('/none')\n{DEFINED}"),
+    "star": (BODY, "return t * eps + (hypot(1, 0) - t) * x0\nfrom math import *"),
     "helpers": (BODY, "return mixed(x0, t, eps)\nfrom math import floor, ceil as up\nONE = 1\n"
                 "def mixed(x0, t, eps): return lerp(x0, eps, t)\n"
-                "def lerp(a, b, t): return floor(ONE) * ((up(ONE) - t) * a + t * b)", ""),
-    "wrong": (BODY, "return eps", "q_sample: test_q_sample_of_no_noise: assert 5.0 == 3.0")}
+                "def lerp(a, b, t): return floor(ONE) * ((up(ONE) - t) * a + t * b)")}
 
 
 def hand_in(folder):
     """A submission: the toy's unet.py, with the fault that the folder is named after."""
-    old, new, said = FAULTS[folder.name]
+    old, new, said = FAULTS.get(folder.name) or (*WAYS[folder.name], "")
     folder.mkdir()
     encoding = folder.name if folder.name in ("utf-8-sig", "latin-1") else "utf-8"
     (folder / "unet.py").write_text(SOURCE.replace(old, new, 1), encoding=encoding)
@@ -99,6 +102,16 @@ def test_grade_lets_no_fault_cost_more_than_its_own_assignment(toy, tmp_path, ca
         assert re.search(said or "^$", row["what is wrong"]), line
     running = subprocess.run("ps -eo args", shell=True, capture_output=True, text=True).stdout
     assert "sleep 4321" not in running.splitlines()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_handed_in_takes_a_function_with_what_it_needs_in_any_way(toy, tmp_path, way):
+    hand_in(tmp_path / way)
+    for name in ("q_sample", "posterior"):
+        part, made = submissions.handed_in(tmp_path / way, toy, "unet.py", name), {}
+        exec(part.source, made)
+        for test in re.findall("assert (.*)", TESTS):
+            assert eval(test, dict(unet=SimpleNamespace(**made))) and not part.fault
 
 
 def test_grade_takes_a_method_with_those_that_it_calls(tmp_path):
@@ -189,6 +202,34 @@ def test_handout_copies_what_is_listed_alone_or_nothing(tmp_path, monkeypatch, g
     with pytest.raises(ValueError, match="no_such_function"):  # half-way
         handout.hand_out([99], tmp_path / "other" / "copy")
     assert {path.name for path in tmp_path.iterdir()} == {"project", "new"}
+
+
+SHARED = """
+import os, pathlib, pytest, time
+@pytest.mark.parametrize("k", range(200))
+def test_one(k):
+    if k == 199:
+        pathlib.Path("last").touch()
+    end = time.monotonic() + 20
+    while k == 0 and not pathlib.Path("last").exists():    # which the other process makes
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    {fault}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2, reason="one process has all")
+@pytest.mark.parametrize("fault, options, code, said", [
+    ("assert k not in (0, 199)", [], 1, "2 failed, 198 passed"),
+    ("assert k != 199; time.sleep(0.1)", ["-x"], 1, r"1 failed, \d\d? passed"),
+    ("k != 199 or os._exit(7)", [], 2, "second process ended with exit code 7 !*\n199 passed")])
+def test_halves_show_all_tests_stop_together_and_notice_the_end_of_a_process(
+        tmp_path, fault, options, code, said):
+    (tmp_path / "test_shared.py").write_text(SHARED.format(fault=fault))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "studies.halves", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == code and re.search(said, done.stdout), done.stdout
 
 
 def outcomes(folder, only):

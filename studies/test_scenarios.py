@@ -44,7 +44,9 @@ from unet import DEVICE, UNet, on_device
     (["scenarios", "worth", "--victims", "1"], ["worth"]),
     (["scenarios", "part", "--victims", "1"], ["part"]),
 ])
-def test_main_studies_run_on_a_run(tmp_path, small_run, study, written, capsys):
+def test_main_studies_run_on_a_run(tmp_path, small_run, monkeypatch, study, written, capsys):
+    short = replace(le.SAMPLERS["released"], rounds=1)     # in place of four, of 36 levels each
+    monkeypatch.setitem(le.SAMPLERS, "released", short)
     shutil.copytree(small_run, tmp_path / "run")
     name, *options = study
     main = importlib.import_module(f"studies.{name}").main
@@ -144,7 +146,8 @@ def test_colours_anew_keeps_grey_values_and_no_colours_of_the_noise():
     same(made, (255 * made).round() / 255)
 
 
-def test_main_owner_gives_each_victim_a_noise_of_its_own(tmp_path, small_run):
+def test_main_owner_gives_each_victim_a_noise_of_its_own(tmp_path, small_run, monkeypatch):
+    monkeypatch.setattr(replies, "known_priors", lambda c, images, net: {"knows its U-Net": net})
     run = Path(shutil.copytree(small_run, tmp_path / "run"))
     scenarios.main(["owner", "--victims", "2", *SMALL, "--out", str(run)])
     assert Image.open(run / "owner.png").width > 300

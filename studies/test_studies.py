@@ -192,8 +192,7 @@ NAN = {name: w * math.nan for name, w in UNET.state_dict().items()}
     (checkpoint(UNET) | {"weights": None}, "not a checkpoint"),
     (checkpoint(UNET) | {"weights": {"conv_in.weight": 3}}, r"is nothing"),
     (checkpoint(UNET) | {"weights": UNET.state_dict() | {"new": torch.ones(2)}}, r"new is \[2\]"),
-    (checkpoint(UNET) | {"weights": NAN}, "is not finite"),
-])
+    (checkpoint(UNET) | {"weights": NAN}, "is not finite")])
 def test_load_unet_says_what_is_wrong(tmp_path, content, message):
     torch.save(content, tmp_path / "u.pt")
     with pytest.raises(BadInput, match=f"u.pt: .*{message}") as stop:
@@ -225,13 +224,13 @@ def test_train_unet_resumed_ends_where_an_uninterrupted_run_does(tmp_path):
             if done == stop:
                 raise KeyboardInterrupt
         net = tiny_unet()
-        return unet.train_unet(net, x, levels=20, tilt=1.0, steps=16, batch_size=4, lr=1e-3,
+        return unet.train_unet(net, x, levels=20, tilt=1.0, steps=6, batch_size=4, lr=1e-3,
                                optimizer=attacks.Muon, ema_decay=0.9, seed=0, report=report,
                                unfinished=unfinished, checkpoint_seconds=0)
     whole = run(tmp_path / "a")["weights"]
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", stop=8)
-    assert 0 < torch.load(tmp_path / "b", weights_only=True)["step"] < 16
+        run(tmp_path / "b", stop=4)
+    assert 0 < torch.load(tmp_path / "b", weights_only=True)["step"] < 6
     resumed = run(tmp_path / "b")["weights"]
     assert all(torch.allclose(w, resumed[name], atol=1e-6) for name, w in whole.items())
 
@@ -765,8 +764,7 @@ ALL = {"plain", "lambda_", "partial", "file"}
     ("brought/own.py", "+ 1  #", "+ 3  #", ALL),
     ("brought/helper.py", "2 * x", "3 * x", ALL),             # two calls away
     ("elsewhere.py", "1 * x", "4 * x", ALL),               # and where nobody has been yet
-    ("noise.txt", "loud", "silent", {"file"}),
-])
+    ("noise.txt", "loud", "silent", {"file"})])
 def test_cached_shows_nothing_old_after_an_edit_of_ones_own_file(
         tmp_path, monkeypatch, capsys, edited, old, new, again):
     (tmp_path / "my-packages").mkdir()                     # which is no folder of packages
@@ -935,7 +933,7 @@ def test_main_interrupted_leaves_nothing_half_written_and_says_how_to_go_on(
 
 @pytest.mark.parametrize("arguments, message", [
     (["--classifier.epoch", "3"], "--classifier.epoch"), (["evaluate"], "evaluate"),
-    (["--config", "slow"], "--config: invalid choice: 'slow'"),
+    (["--config", "slow"], "--config: invalid choice: 'slow'"), (["--out", "file/run"], "file"),
     (["--classifier.epochs", "many"], "--classifier.epochs: invalid int value: 'many'"),
     (["--sampler.steps", "3.5"], "--sampler.steps: invalid int value: '3.5'"),
     (["--noise.em-class.shared", "row"], "--noise.em-class.shared"),
@@ -944,9 +942,8 @@ def test_main_interrupted_leaves_nothing_half_written_and_says_how_to_go_on(
     (["--sampler.pixel_weight", "1e999"], "finite weights"), (["--ddpm.lr", "-1"], "--ddpm.lr -1"),
     (["--evaluate", "train"], "--evaluate"), (["--victim", "oracle"], "--victim"),
     (["--protections", "em,ps"], "--protections: expected em-class,"),
-    (["--protections", "published"], "--protections"),
     (["--published", "ue.pt"], "--published: no such option; those of `python -m studies.own`"),
-    (["--protections", ""], "--protections"), (["--out", "file/run"], "file"),
+    (["--protections", "published"], "--protections"), (["--protections", ""], "--protections"),
     (["--data", "."], "expected one of shapes, cifar10; for a folder, `python -m studies.own`"),
     (["--data", "cifar10", "--root", "nowhere.tar.gz"], "nowhere.tar.gz: no archive"),
     (["--sampler.steps", "99", "--sampler.t_star", "36"], "steps"),
@@ -955,8 +952,7 @@ def test_main_interrupted_leaves_nothing_half_written_and_says_how_to_go_on(
     (["--resnet.strides", "2,2"], "--resnet"), (["--vgg.convs", ""], "--vgg"),
     (["--resnet.widths", "4,8,8,8"], "--resnet.widths: expected 8 or more each"),
     (["--unet.width", "2"], "width 2, max_level 1000: expected an even width of 4 or more"),
-    (["--ddpm.tilt", "5000"], "--ddpm.tilt: expected 0 to 10"),
-])
+    (["--ddpm.tilt", "5000"], "--ddpm.tilt: expected 0 to 10")])
 def test_main_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -1259,42 +1255,47 @@ def test_help_out_begins_with_what_the_first_process_comes_to_last(monkeypatch):
         ("clean", "x", False)] + [(names[::-1], True)] and team.store == "of 7"
 
 
+def helped(monkeypatch, *command):
+    """`train.main` as a command that has a second thread, and so a fork of this process."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(train, "TEAM", SimpleNamespace(store=None, waits=True, helpers=[]))
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, command)])
+    train.main()
+    train.TEAM.helpers[0].join()                           # until it has said all
+
+
 @pytest.mark.parametrize("how", ["torchrun", "forks"])
-def test_main_by_two_processes_makes_each_stage_once_and_the_same_bit_for_bit(tmp_path, how):
-    small = [*SMALL, "--protections", "em-class,em-sample,cp-class"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun * (how == "torchrun"), "train.py", *small, "--out"]
-    said = [run(HERE, *command, tmp_path / "two", threads="2"),
-            run(HERE, "train.py", *small, "--out", tmp_path / "one")]
-    names = sorted((file.stem for file in (tmp_path / "one").glob("*.pt")), key=len, reverse=True)
-    for text in said:                                      # where lines of two may run together
-        made = re.findall(f"({'|'.join(names)}): made in", text)
-        assert sorted(made) == sorted(names) and len(names) == 16
-    one, two = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two")]
+def test_main_by_two_processes_makes_each_stage_once_and_the_same_bit_for_bit(
+        tmp_path, small_run, monkeypatch, capfd, how):
+    if how == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        said = run(HERE, *torchrun, "train.py", *SMALL, "--out", tmp_path, threads="2")
+    else:
+        helped(monkeypatch, *SMALL, "--out", tmp_path)
+        said = capfd.readouterr().out
+    names = sorted((file.stem for file in small_run.glob("*.pt")), key=len, reverse=True)
+    made = re.findall(f"({'|'.join(names)}): made in", said)  # lines of two may run together
+    assert sorted(made) == sorted(names) and len(names) == 20
+    one, two = [json.loads((out / "results.json").read_text()) for out in (small_run, tmp_path)]
     assert one["rows"] == two["rows"] and one["floor"] == two["floor"]
-    for file in (tmp_path / "one").glob("*.pt"):
-        parts = [unet.read(tmp_path / out / file.name)["parts"] for out in ("one", "two")]
+    for name in names:
+        parts = [unet.read(out / f"{name}.pt")["parts"] for out in (small_run, tmp_path)]
         assert parts[0] == parts[1]
 
 
-BROKEN = """
-import os, signal, train
-from attacks import PROTECTIONS, Protection
-def broken(images, labels, victim, *, epsilon, seed, report):
-    {fault}
-PROTECTIONS["broken"] = Protection(broken)
-train.main()
-"""
+def ends(images, labels, victim, *, epsilon, seed, report):
+    """A protection that ends the process which has begun it; never the first, which is pytest's."""
+    assert train.multiprocessing.current_process().name == "helper"
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("fault, said", [
-    ("return images[:1]", "broken gave (1, 3, 32, 32), expected (4, 3, 32, 32)"),
-    ("os.kill(os.getpid(), signal.SIGKILL)", "broken: the process that began it has failed")])
-def test_main_ends_when_a_process_that_it_has_started_fails(tmp_path, fault, said):
-    program = tmp_path / "mine.py"
-    program.write_text(BROKEN.format(fault=fault))
-    command = [sys.executable, program, *SMALL, "--protections", "em-class,broken", "--out",
-               tmp_path / "run"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True,
-                          env=os.environ | dict(OMP_NUM_THREADS="2", PYTHONPATH=str(HERE)))
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("broken, said", [
+    (lambda images, *_, **how: images[:1], "broken gave (1, 3, 32, 32), expected (4, 3, 32, 32)"),
+    (ends, "broken: the process that began it has failed")])
+def test_main_ends_when_a_process_that_it_has_started_fails(
+        tmp_path, monkeypatch, capfd, broken, said):
+    monkeypatch.setitem(PROTECTIONS, "broken", Protection(broken))
+    with pytest.raises(SystemExit) as stop:
+        helped(monkeypatch, *SMALL, "--protections", "em-class,broken", "--out", tmp_path)
+    errors = capfd.readouterr().err
+    assert stop.value.code == 2 and said in errors and "Traceback" not in errors
