@@ -126,7 +126,8 @@ CONFIGS = {
 
 # -- The story -------------------------------------------------------------------------------------
 def story(c, sets, stage="all"):
-    """The paper: networks from unprotected images; then protect, purify and judge."""
+    """The paper: networks from unprotected images; then protect, purify and judge. c holds the
+    settings, and sets are those of `load_data`: sets["protected"] is (images, labels)."""
     distance = train_vgg(c, sets)                          # first, as it may lack a file
     net = train_ddpm(c, sets)
     if stage == "ddpm":
@@ -680,8 +681,7 @@ def check(c):
                             ("vgg", partial(VGG, **c.vgg)),
                             ("resnet", partial(ResNet, **c.resnet, classes=2))):
         try:
-            with torch.device("meta"):                     # shapes without numbers
-                network()(torch.zeros(1, 3, c.size, c.size), *[1] * (option == "unet"))
+            network()(torch.zeros(1, 3, c.size, c.size), *[1] * (option == "unet"))
         except Exception as error:                         # whatever the values lead to
             raise BadInput(f"--{option}: no network for images of {c.size} pixels has these "
                            f"settings ({said(error)})") from None
