@@ -914,8 +914,7 @@ def test_main_paper_runs_at_toy_size(tmp_path, monkeypatch, capsys):
     train.main(["--config", "paper", "--limit", "2", "--resnet.widths", "8,8,8,8,8",
                 "--unet.width", "8", "--unet.blocks", "1",
                 "--protections", "em-sample,cp-sample",    # which begin with the other two
-                "--vgg_weights", str(tmp_path / "vgg16.pt"),
-                "--out", str(tmp_path / "run")])
+                "--vgg_weights", str(tmp_path / "vgg16.pt"), "--out", str(tmp_path / "run")])
     assert "| cp-sample |" in capsys.readouterr().out and not (tmp_path / "run" / "vgg.pt").exists()
 
 
