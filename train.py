@@ -76,7 +76,7 @@ DEFAULTS = {
     "unet.patch": 2,               # so many pixels a side are folded into channels
     "ddpm.levels": 100,            # noise levels 1..levels are learned, no others visited
     "ddpm.tilt": 1.0,              # levels are drawn by their noise's deviation to this power
-    "ddpm.steps": 1000,            # training steps of the U-Net
+    "ddpm.steps": 1500,            # training steps of the U-Net
     "ddpm.batch_size": 16,         # images a step
     "ddpm.optimizer": "muon",      # how it learns: a name in attacks.OPTIMIZERS
     "ddpm.lr": 0.03,               # the highest learning rate
