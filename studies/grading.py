@@ -71,22 +71,6 @@ def same(actual, expected):
 
 # -- The plugin ------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="session", autouse=True)
-def settings_tried_once():
-    """Lets `train.check`, which tries three networks, look only at settings that are new."""
-    import train                                           # late, as it may be broken
-    check, fit = train.check, set()
-
-    def check_once(c):
-        settings = repr(vars(c) | dict(out="", root="", data="", known=[*train.PROTECTIONS]))
-        if settings not in fit:
-            check(c)
-            fit.add(settings)
-    train.check = check_once
-    yield
-    train.check = check
-
-
 def missing_function(error):
     """The name of the assignment whose missing body an exception comes from, or None."""
     said = "".join(traceback.format_exception(error))
