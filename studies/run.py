@@ -121,11 +121,11 @@ def judged(c, key, victim, images, sets, victims=3):
     return torch.tensor(accuracies)
 
 
-def shown(accuracies):
-    """Mean and spread of victims' accuracies, as a text."""
+def shown(accuracies, digits=1):
+    """Mean and spread of victims' accuracies, as a text with so many digits after the point."""
     accuracies = torch.as_tensor(accuracies)
-    spread = f" ± {accuracies.std():.1f}" if len(accuracies) > 1 else ""
-    return f"{accuracies.mean():.1f}{spread}"
+    spread = f" ± {accuracies.std():.{digits}f}" if len(accuracies) > 1 else ""
+    return f"{accuracies.mean():.{digits}f}{spread}"
 
 
 def accuracies_on(c, kind, prefix, found, sets, count):

@@ -14,15 +14,13 @@ if not __package__:
     print("expected `python -m studies.seeds`, from the project's folder", file=sys.stderr)
     sys.exit(2)
 
-import torch
-
 import le
 from unet import BadInput
-from studies.run import print_table
+from studies.run import print_table, shown
 
-COLUMNS = {"clean": "{:.1f}", "ue": "{:.1f}", "le": "{:.1f}", "recovery": "{:.2f}",
-           "psnr_ue": "{:.1f}", "psnr_le": "{:.1f}"}
-HEADINGS = {"ue": "UE", "le": "LE", "psnr_ue": "PSNR UE, dB", "psnr_le": "PSNR LE, dB"}
+# Of each value of a row: what it is called, and how many digits it has
+COLUMNS = {"clean": ("clean", 1), "ue": ("UE", 1), "le": ("LE", 1), "recovery": ("recovery", 2),
+           "psnr_ue": ("PSNR UE, dB", 1), "psnr_le": ("PSNR LE, dB", 1)}
 
 
 def results_of(folder):
@@ -37,24 +35,17 @@ def results_of(folder):
         raise BadInput(f"{path}: not the results of train.py") from None
 
 
-def mean_and_spread(form, values):
-    """Numbers as a text, in a form such as "{:.1f}"; what one of the runs cannot know is a dash."""
-    if None in values:
-        return "-"
-    mean, spread = torch.tensor(values).mean().item(), torch.tensor(values).std().item()
-    return f"{form.format(mean)} ± {form.format(spread)}"
-
-
 def rows_over(runs):
-    """The rows of the table over {seed: {protection: row}}, of the protections that all have."""
+    """The rows of the table over {seed: {protection: row}}, of the protections that all have; what
+    one of the runs cannot know is a dash."""
     first, *others = runs.values()
     rows = []
-    for name in first:
-        if all(name in other for other in others):
-            values = {key: [run[name].get(key) for run in runs.values()] for key in COLUMNS}
-            cells = {HEADINGS.get(key, key): mean_and_spread(form, values[key])
-                     for key, form in COLUMNS.items()}
-            rows.append({"protection": name} | cells)
+    for name in [name for name in first if all(name in other for other in others)]:
+        row = {"protection": name}
+        for key, (heading, digits) in COLUMNS.items():
+            values = [run[name].get(key) for run in runs.values()]
+            row[heading] = "-" if None in values else shown(values, digits)
+        rows.append(row)
     return rows
 
 
