@@ -431,10 +431,9 @@ def fit(victim, images, labels, *, epochs=6, batch_size=64, lr=0.1, optimizer="s
 # A victim of your own is a network and an entry here, and train.py --victim NAME is judged by it
 VICTIMS = {
     "classifier": Victim(ResNet, class_scores,
-                         training=dict(epochs=6, batch_size=64, lr=0.2, optimizer="muon")),
-    # by Muon SimCLR takes half of the time, and is fooled by contrastive noise much less
+                         training=dict(epochs=8, batch_size=64, lr=0.2, optimizer="muon")),
     "simclr": Victim(SimCLR, partner_scores, choice=dict(view="quadrant", temperature=0.3),
-                     training=dict(epochs=44, batch_size=128, lr=0.1, optimizer="sgd"),
+                     training=dict(epochs=32, batch_size=128, lr=0.05, optimizer="muon"),
                      probed=True)}
 
 

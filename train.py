@@ -65,7 +65,7 @@ DEFAULTS = {
     "images.unprotected": 4096,    # the unauthorized user's own images
     "images.validation": 1000,     # clean images that judge while somebody tunes
     "images.test": 2000,           # clean images that judge
-    "resnet.widths": (16, 24, 48, 96),  # the victims' network: channels of its stem and levels
+    "resnet.widths": (16, 16, 32, 64),  # the victims' network: channels of its stem and levels
     "resnet.blocks": 1,            # residual blocks in each level
     "resnet.strides": (2, 2, 2),   # of each level's first block
     "unet.width": 32,              # channels at the finest resolution
@@ -91,27 +91,27 @@ DEFAULTS = {
 
 # What differs from the defaults. All data but shapes are photographs, without being asked
 AS_IN_PAPERS = {"classifier.optimizer": "sgd", "classifier.batch_size": 128, "classifier.lr": 0.1,
-                "ddpm.optimizer": "adam", "simclr.view": "simclr", "images.validation": 500}
+                "simclr.optimizer": "sgd", "simclr.view": "simclr", "ddpm.optimizer": "adam"}
 CONFIGS = {
     "shapes": {},
     "photographs": AS_IN_PAPERS | {
         "images.protected": 6000, "images.unprotected": 5500, "images.test": 2400,
-        "resnet.widths": (16, 32, 64, 128), "classifier.epochs": 30,
+        "images.validation": 500, "resnet.widths": (16, 32, 64, 128), "classifier.epochs": 30,
         "simclr.epochs": 60, "simclr.lr": 0.2, "simclr.temperature": 0.2,
         "unet.width": 48, "ddpm.levels": 250, "ddpm.steps": 6000, "ddpm.lr": 4e-3,
         "perceptual.epochs": 40, "perceptual.optimizer": "sgd", "noise.em-class.rounds": 24,
         "noise.em-sample.rounds": 12} | named("sampler", asdict(SAMPLERS["photographs"])),
     "quick": {"protections": ("em-class",), "images.protected": 2048, "images.unprotected": 2048,
-              "noise.em-class.rounds": 36, "noise.em-class.noise_batches": 5, "ddpm.steps": 500,
-              "perceptual.epochs": 4, "classifier.epochs": 10},
+              "noise.em-class.noise_batches": 5, "ddpm.steps": 800, "perceptual.epochs": 4,
+              "classifier.epochs": 10},
     "released": named("sampler", asdict(SAMPLERS["released"])),
     # the papers' protocol: ResNet-18, M = 10, K = 20, steps of epsilon / 10, the U-Net of Ho et
     # al., VGG-16; contrastive noise by 20 and 20 batches of 512 and one surrogate
     "paper": AS_IN_PAPERS | {
         "images.protected": 40000, "images.unprotected": 9500, "images.test": 10000,
         "resnet.widths": (64, 64, 128, 256, 512), "resnet.blocks": 2,
-        "resnet.strides": (1, 2, 2, 2), "classifier.epochs": 60,
-        "simclr.epochs": 200, "simclr.batch_size": 512, "simclr.temperature": 0.5,
+        "images.validation": 500, "resnet.strides": (1, 2, 2, 2), "classifier.epochs": 60,
+        "simclr.epochs": 200, "simclr.batch_size": 512, "simclr.temperature": 0.5, "simclr.lr": 0.1,
         "unet.width": 128, "unet.mults": (1, 2, 2, 2), "unet.blocks": 2, "unet.attention": (16,),
         "unet.dropout": 0.1, "unet.patch": 1, "ddpm.levels": 1000, "ddpm.tilt": 0.0,
         "ddpm.steps": 40000, "ddpm.batch_size": 128, "ddpm.lr": 2e-4, "ddpm.ema_decay": 0.9999,
@@ -210,7 +210,7 @@ def train_victim(c, kind, name, images, sets):
     """Accuracy in percent, on clean images, of a victim of this kind that `images` have taught."""
     victim = victim_of(c, kind)
     net, losses = fitted(c, f"{kind}-{name}", victim, images, sets)
-    score = round(score_of(c, victim, net, sets), 2)       # the same in the log and the table
+    score = round(score_of(c, victim, net, sets), 2) if talks() else 0  # a helper shows none
     print(f"{kind} on {name}: {score:.1f} %; loss {losses[0]:.2f} to {losses[-1]:.2f}")
     return score
 

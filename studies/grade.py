@@ -5,8 +5,9 @@
 
 A folder holds a student's copy of the project, or only the files that were to be changed. Of these
 the assigned functions are taken, with what they need of their own file, and each is judged in a
-clean copy of the project, in a process of its own: two thirds of its points are for the tests that
-bear its name, the last third if those of NEEDED pass as well, so that the rest works with it.
+clean copy of the project, in a process of its own; what several have written alike is judged once.
+Two thirds of its points are for the tests that bear its name, the last third if those of NEEDED
+pass as well, so that the rest works with it.
 
 It is no prison: a function runs as the user who grades, and one that is out to deceive can. Who
 does not trust the students runs this in a container, and reads what they wrote.
@@ -25,6 +26,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 
 if not __package__:
@@ -163,13 +165,13 @@ def first_wrong(notes, ended):
     return f"{running[-1] if running else 'before the first test'}: {ended}"
 
 
-def judged(number, part, options, stopped):
+def judged(number, source, fault, options, stopped):
     """(points, what is wrong) of one assignment of a submission. Whatever its fault, it is the
     only one to lose by it."""
     try:
-        if part.fault:
-            return 0, part.fault
-        return points_of(number, *run_tests(number, part.source, options, stopped))
+        if fault:
+            return 0, fault
+        return points_of(number, *run_tests(number, source, options, stopped))
     except Exception as error:                             # of whatever a stranger's code has left
         return 0, f"cannot be judged ({type(error).__name__}: {error})"
 
@@ -195,8 +197,10 @@ def grade(everything, numbers, options):
     """Yields of one submission after the other its folder, and {assignment: (points, what is
     wrong)}."""
     stopped, pool = threading.Event(), ThreadPoolExecutor(options.jobs)
+    # what is alike is begun once
+    begin = cache(partial(pool.submit, judged, options=options, stopped=stopped))
     try:
-        work = {folder: {number: pool.submit(judged, number, parts[number], options, stopped)
+        work = {folder: {number: begin(number, parts[number].source, parts[number].fault)
                          for number in numbers} for folder, parts in everything.items()}
         for folder, results in work.items():
             yield folder, {number: result.result() for number, result in results.items()}

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from studies import assignments, grade, grading, handout, submissions
 from studies.grading import CLAIMS
+from studies.programs import output
 from test_le import HERE, refusal, seeded
 
 SOLVED = not any("raise NotImplementedError" in (HERE / file).read_text(encoding="utf-8")
@@ -54,8 +56,8 @@ DEFINED, LOOP = "def q_sample", "while True:\n        "
 # What a submission has in place of what, and what is said of it
 FAULTS = {
     "right": ("", "", ""),
-    "endless": (BODY, f"{LOOP}time.sleep(1)\nimport time", "of_no_noise: did not end within 5 s"),
-    "prints": (BODY, f"{LOOP}print('x' * 10 ** 7, time.sleep(0.1))\nimport time", "within 5 s"),
+    "endless": (BODY, f"{LOOP}time.sleep(1)\nimport time", "of_no_noise: did not end within 3 s"),
+    "prints": (BODY, f"{LOOP}print('x' * 10 ** 7, time.sleep(0.1))\nimport time", "within 3 s"),
     "memory": (BODY, f"kept = []\n    {LOOP}kept.append(bytearray(2 ** 26))", "MemoryError"),
     "syntax": (BODY, "x = (", r"unet.py: line \d+: '\(' was never closed"),
     "renamed": (DEFINED, "def q_sampled", "no function of this name"),
@@ -86,12 +88,14 @@ def hand_in(folder):
     return folder, said
 
 
-def test_grade_lets_no_fault_cost_more_than_its_own_assignment(toy, tmp_path, capsys):
+def test_grade_lets_no_fault_cost_more_than_its_own_assignment(toy, tmp_path, monkeypatch, capsys):
+    tests = Mock(side_effect=grade.run_tests)
+    monkeypatch.setattr(grade, "run_tests", tests)
     absent = {tmp_path / "a-link": "unet.py is not there", tmp_path / "none": "not a folder"}
     expected = dict(hand_in(tmp_path / name) for name in FAULTS) | absent
     (tmp_path / "a-link").mkdir()
     (tmp_path / "a-link" / "unet.py").symlink_to(tmp_path / "right" / "unet.py")
-    grade.main([*map(str, expected), "--only", "1", "2", "--seconds", "5", "--memory", "1",
+    grade.main([*map(str, expected), "--only", "1", "2", "--seconds", "3", "--memory", "1",
                 "--csv", str(tmp_path / "grades.csv")])
     lines = capsys.readouterr().out.splitlines()
     rows = csv.DictReader((tmp_path / "grades.csv").read_text(encoding="utf-8").splitlines())
@@ -102,6 +106,8 @@ def test_grade_lets_no_fault_cost_more_than_its_own_assignment(toy, tmp_path, ca
         assert re.search(said or "^$", row["what is wrong"]), line
     running = subprocess.run("ps -eo args", shell=True, capture_output=True, text=True).stdout
     assert "sleep 4321" not in running.splitlines()
+    judged = [number for (number, *_), _ in tests.call_args_list]
+    assert judged.count(2) == 1                            # since all have written it alike
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -234,12 +240,10 @@ def test_halves_show_all_tests_stop_together_and_notice_the_end_of_a_process(
 
 def outcomes(folder, only):
     """{test: (outcome, what it said)} of tests in a copy of the project."""
-    command = [sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", "test_le.py",
-               "-k", only]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    found = re.findall(r"^(PASSED|FAILED|SKIPPED|ERROR).*::(\w+)(.*)", done.stdout, re.M)
-    return {test: (outcome, said) for outcome, test, said in found}, done.stdout
+    _, said = output(folder, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", "test_le.py",
+                     "-k", only)
+    found = re.findall(r"^(PASSED|FAILED|SKIPPED|ERROR).*::(\w+)(.*)", said, re.M)
+    return {test: (outcome, why) for outcome, test, why in found}, said
 
 
 def test_assignment_fails_its_own_tests_and_lets_those_of_others_wait(tmp_path):

@@ -3,7 +3,8 @@ import re
 import shlex
 
 import train
-from studies.test_studies import copy_of_the_project, run
+from studies.programs import run
+from studies.test_studies import copy_of_the_project
 from test_le import HERE, SMALL, seeded
 
 

@@ -35,6 +35,7 @@ from attacks import EPSILON, PROTECTIONS, VICTIMS, Protection, ResNet, Victim, c
 from le import Sampler, purify
 from perceptual import VGG, PerceptualDistance
 from studies import rotation
+from studies.programs import run
 from studies.purifiers import ddim, deterministic, p_sample, sample
 from test_le import (FREE, HERE, JOINT, Malice, OneMap, PLAIN, SMALL, SMALL_VGG, TINY, UNET,
                      agrees, asked_for, awake, checkpoint, close, configured, filled, images,
@@ -842,14 +843,6 @@ def copy_of_the_project(folder):
     return folder
 
 
-def run(folder, *command, threads="1"):
-    """What a program of the project says in a process of its own."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, text=True,
-                          capture_output=True, env=os.environ | dict(OMP_NUM_THREADS=threads))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("file, again", [
     ("train.py", set()), ("le.py", {"em-class-le"}), ("perceptual.py", {"vgg", "em-class-le"}),
     ("unet.py", {"ddpm", "vgg", "em-class-le"}),
@@ -1268,7 +1261,7 @@ def test_main_by_two_processes_makes_each_stage_once_and_the_same_bit_for_bit(
         tmp_path, small_run, monkeypatch, capfd, how):
     if how == "torchrun":
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        said = run(HERE, *torchrun, "train.py", *SMALL, "--out", tmp_path, threads="2")
+        said = run(HERE, *torchrun, "train.py", *SMALL, "--out", tmp_path, threads=2)
     else:
         helped(monkeypatch, *SMALL, "--out", tmp_path)
         said = capfd.readouterr().out
