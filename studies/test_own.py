@@ -252,7 +252,7 @@ def test_accuracy_refuses_scores_that_are_none(scores, message):
 
 @pytest.mark.parametrize("name", [
     path.stem for path in Path(own.__file__).parent.glob("*.py")
-    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")])
+    if re.search("^if __name__", path.read_text(encoding="utf-8"), re.M)])
 def test_studies_say_how_they_are_run(name):
     done = subprocess.run([sys.executable, f"studies/{name}.py"], cwd=HERE, capture_output=True,
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
