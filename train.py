@@ -93,7 +93,7 @@ DEFAULTS = {
 AS_IN_PAPERS = {"classifier.optimizer": "sgd", "classifier.batch_size": 128, "classifier.lr": 0.1,
                 "simclr.optimizer": "sgd", "simclr.view": "simclr", "ddpm.optimizer": "adam"}
 CONFIGS = {
-    "shapes": {},
+    "shapes": {"noise.em-class.lr": 0.05},  # by 0.1 some noise lies in nothing but colours
     "photographs": AS_IN_PAPERS | {
         "images.protected": 6000, "images.unprotected": 5500, "images.test": 2400,
         "images.validation": 500, "resnet.widths": (16, 32, 64, 128), "classifier.epochs": 30,
@@ -116,7 +116,7 @@ CONFIGS = {
         "unet.dropout": 0.1, "unet.patch": 1, "ddpm.levels": 1000, "ddpm.tilt": 0.0,
         "ddpm.steps": 40000, "ddpm.batch_size": 128, "ddpm.lr": 2e-4, "ddpm.ema_decay": 0.9999,
         "vgg_weights": "runs/vgg16-lpips.pt"}
-    | named("noise.em-class", dict(rounds=40, step=0.1))
+    | named("noise.em-class", dict(rounds=40, step=0.1, lr=0.1))
     | named("noise.em-sample", dict(rounds=10, step=0.1, noise_steps=20, lr=0.1))
     | named("noise.cp-class", dict(surrogates=1, rounds=200, train_batches=20, noise_batches=20,
                                    step=0.1, batch_size=512))

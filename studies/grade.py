@@ -252,6 +252,8 @@ def main(argv=None):
                                for number in options.only or ASSIGNMENTS}
                       for folder in options.folders}
         numbers = options.only or assigned(everything)
+        for number in numbers:                             # here, since two threads of Python 3.11
+            needed_tests(number)                           # cannot parse at once (gh-106905)
         with (open(options.csv or os.devnull, "w", encoding="utf-8", newline="") as table,
               closing(grade(everything, numbers, options)) as rows):
             report(rows, numbers, table)

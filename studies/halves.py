@@ -3,6 +3,7 @@
 One begins with the first test; the other, a fork of it, with the last. Each leaves out what the
 other has begun, so all are done where they meet. The first then shows what the second has seen.
 """
+import gc
 import multiprocessing
 import os
 import pickle
@@ -51,6 +52,7 @@ def pytest_runtestloop(session):
     two = sys.platform == "linux" and os.cpu_count() > 1
     if not two or count < MANY or options.collectonly or options.usepdb:
         return (yield)
+    gc.freeze()                                            # what is there already stays
     free, file = multiprocessing.Value("i", count), tempfile.TemporaryFile(buffering=0)
     sys.stdout.flush()                                     # or both would write what waits there
     second = os.fork()

@@ -1190,19 +1190,23 @@ def test_main_runs_in_a_notebook_and_outside_the_main_thread(tmp_path, monkeypat
     assert "| em-class |" in stream.getvalue()
 
 
-def test_main_runs_without_distributed_and_where_text_is_not_utf_8(tmp_path):
-    copied = copy_of_the_project(tmp_path / "kopie-ü")
-    with open(copied / "attacks.py", "a", encoding="utf-8") as file:
-        file.write("# für alle\n")
+def test_main_runs_without_distributed(tmp_path):
     program = tmp_path / "main.py"
     program.write_text("import sys; sys.modules['torch.distributed.nn'] = None; "
                        "sys.path.insert(0, sys.argv[1]); import train; train.main(sys.argv[2:])")
-    command = [sys.executable, program, copied, "ddpm", *SMALL, "--out", tmp_path / "run"]
+    copied = copy_of_the_project(tmp_path / "copy")
+    said = run(tmp_path, program, copied, "ddpm", *SMALL, "--out", tmp_path / "run")
+    assert "vgg: made in" in said
+
+
+def test_main_reads_its_files_where_text_is_not_utf_8(tmp_path):
+    copied = copy_of_the_project(tmp_path / "kopie-ü")
+    with open(copied / "attacks.py", "a", encoding="utf-8") as file:
+        file.write("# für alle\n")
     plain = dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", OMP_NUM_THREADS="1")
-    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True,
-                          env=os.environ | plain)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    assert b"vgg: made in" in done.stdout
+    done = subprocess.run([sys.executable, "train.py", "--limit", "1"], cwd=copied,
+                          capture_output=True, text=True, env=os.environ | plain)
+    assert done.stderr == "train.py: --limit: expected 2 or more\n"
 
 
 def test_main_is_alone_where_another_program_has_set_what_torchrun_sets(monkeypatch, tmp_path):
