@@ -52,7 +52,7 @@ def pytest_runtestloop(session):
     two = sys.platform == "linux" and os.cpu_count() > 1
     if not two or count < MANY or options.collectonly or options.usepdb:
         return (yield)
-    gc.freeze()                                            # what is there already stays
+    gc.freeze()                                            # torch stays, so nobody looks at it
     free, file = multiprocessing.Value("i", count), tempfile.TemporaryFile(buffering=0)
     sys.stdout.flush()                                     # or both would write what waits there
     second = os.fork()

@@ -24,7 +24,11 @@ def output(folder, *command, threads=1):
             sys.stdout.flush()                             # or both would write what waits there
             child = os.fork()
             if not child:
-                os._exit(ended(said, folder, command, threads))
+                code = 1
+                try:
+                    code = ended(said, folder, command, threads)
+                finally:                                   # or it would go on with the tests
+                    os._exit(code)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         else:
             more = dict(OMP_NUM_THREADS=str(threads), PYTHONIOENCODING="utf-8")
