@@ -1191,22 +1191,25 @@ def test_main_runs_in_a_notebook_and_outside_the_main_thread(tmp_path, monkeypat
 
 
 def test_main_runs_without_distributed(tmp_path):
-    program = tmp_path / "main.py"
-    program.write_text("import sys, torch.distributed as d; del d.TCPStore, d.rendezvous; "
-                       "sys.path.insert(0, sys.argv[1]); import train; train.main(sys.argv[2:])")
     copied = copy_of_the_project(tmp_path / "copy")
-    said = run(tmp_path, program, copied, "ddpm", *SMALL, "--out", tmp_path / "run")
+    (copied / "main.py").write_text("import torch.distributed as d; del d.TCPStore, d.rendezvous; "
+                                    "import train; train.main()")
+    said = run(copied, "main.py", "ddpm", *SMALL, "--out", tmp_path)
     assert "vgg: made in" in said
 
 
-def test_main_reads_its_files_where_text_is_not_utf_8(tmp_path):
+def test_cached_reads_and_writes_where_text_is_not_utf_8(tmp_path):
     copied = copy_of_the_project(tmp_path / "kopie-ü")
-    with open(copied / "attacks.py", "a", encoding="utf-8") as file:
-        file.write("# für alle\n")
+    source = (copied / "attacks.py").read_text(encoding="utf-8")
+    (copied / "attacks.py").write_text(f"{source}# für alle\n", encoding="utf-8")
     plain = dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "train.py", "--limit", "1"], cwd=copied,
-                          capture_output=True, text=True, env=os.environ | plain)
-    assert done.stderr == "train.py: --limit: expected 2 or more\n"
+    program = ("import sys, train; _, c = train.parse(sys.argv[1:]); train.claim(c); "
+               "images, _ = train.load_data(c)[0]['test']; net = train.UNet(**c.unet).eval(); "
+               "train.make_learnable(c, 'any', images, net, None)")
+    command = [program, *SMALL, "--sampler.perceptual_weight", "0", "--out", "läuft"]
+    done = subprocess.run([sys.executable, "-c", *command], cwd=copied, capture_output=True,
+                          env=os.environ | plain)
+    assert done.returncode == 0 and b"any-le: made in" in done.stdout, done.stderr
 
 
 def test_main_is_alone_where_another_program_has_set_what_torchrun_sets(monkeypatch, tmp_path):
