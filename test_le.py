@@ -1064,7 +1064,7 @@ SMALL = """--limit 4 --resnet.widths 8,8,8 --resnet.strides 2,2 --unet.width 8 -
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """The folder of a toy run, for those who only read it; one for both files of tests."""
+    """The folder of a toy run, for those who only read it; one for all files of tests."""
     folder = tmp_path_factory.getbasetemp() / "toy"
     if not (folder / "results.json").exists():
         train.main([*SMALL, "--out", str(folder)])

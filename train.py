@@ -703,6 +703,7 @@ def start_helpers(c, sets):
     """Share the stages with forks of this process, at most one for each protection, and in all as
     many processes as threads. One thread makes a stage, so their number does not move numbers."""
     count = min(torch.get_num_threads() - 1, len(c.protections))
+    torch.optim.SGD([torch.zeros(1)])                      # loads the compiler once, for all
     TEAM.store, fork = shared_store(), multiprocessing.get_context("fork").Process
     TEAM.helpers = [fork(name="helper", target=help_out, args=(c, sets, TEAM.store.port),
                          daemon=True) for _ in range(count)]
@@ -736,7 +737,7 @@ def main(argv=None):
             return help_out(c, sets) if stage == "all" else None
         if TORCHRUN:
             TEAM.store = shared_store()
-        elif stage == "all" and argv is None and DEVICE == "cpu" and hasattr(os, "fork"):
+        elif stage == "all" and argv is None and DEVICE == "cpu" and sys.platform == "linux":
             start_helpers(c, sets)
         story(c, sets, stage)
         print(f"It took {time.monotonic() - start:.0f} s.")

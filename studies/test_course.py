@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from threading import get_ident
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -213,34 +212,6 @@ def test_handout_copies_what_is_listed_alone_or_nothing(tmp_path, monkeypatch, g
     with pytest.raises(ValueError, match="no_such_function"):  # half-way
         handout.hand_out([99], tmp_path / "other" / "copy")
     assert {path.name for path in tmp_path.iterdir()} == {"project", "new"}
-
-
-SHARED = """
-import os, pathlib, pytest, time
-@pytest.mark.parametrize("k", range(200))
-def test_one(k):
-    if k == 199:
-        pathlib.Path("last").touch()
-    end = time.monotonic() + 20
-    while k == 0 and not pathlib.Path("last").exists():    # which the other process makes
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    {fault}
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2, reason="one process has all")
-@pytest.mark.parametrize("fault, options, code, said", [
-    ("assert k not in (0, 199)", [], 1, "2 failed, 198 passed"),
-    ("assert k != 199; time.sleep(0.1)", ["-x"], 1, r"1 failed, \d\d? passed"),
-    ("k != 199 or os._exit(7)", [], 2, "second process ended with exit code 7 !*\n199 passed")])
-def test_halves_show_all_tests_stop_together_and_notice_the_end_of_a_process(
-        tmp_path, fault, options, code, said):
-    (tmp_path / "test_shared.py").write_text(SHARED.format(fault=fault))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "studies.halves", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert done.returncode == code and re.search(said, done.stdout), done.stdout
 
 
 def outcomes(folder, only):
