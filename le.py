@@ -24,7 +24,7 @@ from multiprocessing import current_process
 import torch
 
 from unet import (DEVICE, BadInput, as_bytes, as_float, mixed_precision, posterior, predict_x0,
-                  q_sample, said, sigma, visited_levels)
+                  q_sample, sigma, visited_levels)
 
 BATCH = 512 if DEVICE == "cuda" else 32                    # images purified at once
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ             # whether it has started this process
@@ -54,6 +54,12 @@ class Sampler:
             raise BadInput(f"rounds {self.rounds}, weights {weights}: expected 1 or more rounds, "
                            "and finite weights that are not negative")
 
+    def seen(self, x):
+        """What the distances see of images (B, 3, H, W): themselves, or grey values as channels.
+        Noise against photographs is mostly colour: grey keeps the picture, and the U-Net paints it
+        anew. Both are symmetric projections, so to see a gradient is to apply the chain rule."""
+        return x.mean(1, keepdim=True).expand_as(x) if self.compare == "grey" else x
+
 
 # guide_scale = 70000 over m = 2 * epsilon / 3, and distances averaged over the shipped batch of 500
 WEIGHT = 3 * 70000 / (2 * 8 / 255) / 500
@@ -65,12 +71,6 @@ SAMPLERS = {
     # the authors' setting, without its faults
     "released": Sampler(36, rounds=4, steps=36, pixel_weight=WEIGHT, pixel_above=10,
                         perceptual_weight=WEIGHT, perceptual_below=10, target="xt")}
-
-
-def seen(x, sampler):
-    """What the distances see of images (B, 3, H, W): themselves, or grey values as channels. Noise
-    against photographs is mostly colour: grey keeps the picture, and the U-Net paints it anew."""
-    return x.mean(1, keepdim=True).expand_as(x) if sampler.compare == "grey" else x
 
 
 def guidance(x, y, y_features, t, distance, sampler):
@@ -103,7 +103,7 @@ def denoise(net, distance, ue, sampler, draw):
     """The way of one batch of UEs (B, 3, H, W) in [-1, 1] to their LEs (Jiang et al. 2023): yields
     x_t at every level that is visited, the LEs last. `draw()` gives normal noise of that shape."""
     visited = visited_levels(sampler.t_star, sampler.steps)
-    y, y_features = seen(ue, sampler), None
+    y, y_features = sampler.seen(ue), None
     if sampler.perceptual_weight:
         y_features = distance.embed(y / 2 + 0.5)
     xt = ue
@@ -118,11 +118,11 @@ def denoise(net, distance, ue, sampler, draw):
             if s > 0:                                      # the last stride has no variance
                 compared = x0
                 if sampler.target == "xt":
-                    compared, y = xt, seen(q_sample(ue, t, draw()), sampler)
+                    compared, y = xt, sampler.seen(q_sample(ue, t, draw()))
                     y_features = distance.embed(y / 2 + 0.5) if y_features else None
-                gradient = guidance(seen(compared, sampler), y, y_features, t, distance, sampler)
-                gradient = seen(gradient, sampler)         # the chain rule: a symmetric projection
-                mean = joint_conditioned_mean(mean, var, t, gradient)
+                compared = sampler.seen(compared)
+                gradient = guidance(compared, y, y_features, t, distance, sampler)
+                mean = joint_conditioned_mean(mean, var, t, sampler.seen(gradient))
             xt = mean + var.sqrt() * draw()
             yield xt
 

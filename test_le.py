@@ -716,11 +716,11 @@ def test_guidance_needs_no_gradients_outside_and_no_distance_where_none_counts()
 
 def test_seen_is_a_symmetric_projection_as_its_use_on_gradients_asks():
     grey, x, y = replace(JOINT, compare="grey"), torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
-    seen = le.seen(x, grey)
+    seen = grey.seen(x)
     close(seen, x.mean(1, keepdim=True).repeat(1, 3, 1, 1))
-    close(le.seen(seen, grey), seen, atol=1e-6)
-    assert torch.isclose((seen * y).sum(), (x * le.seen(y, grey)).sum(), atol=1e-5)
-    same(le.seen(x, JOINT), x)
+    close(grey.seen(seen), seen, atol=1e-6)
+    assert torch.isclose((seen * y).sum(), (x * grey.seen(y)).sum(), atol=1e-5)
+    same(JOINT.seen(x), x)
 
 
 def test_guidance_by_level_and_both_at_once(nets):

@@ -43,12 +43,11 @@ def code(c, sets, count):
     """
     c.evaluate = "validation"
     kind = c.victim or "simclr"
-    prefix = "code" if kind == "simclr" else f"code-{kind}"
     rows = []
     for name, view in VIEWS.items():
         victim, row = reading(c, view, kind), {"views": name}
         for what, x in coded(c, sets).items():
-            key = f"{prefix}-{name}-{slug(what)}"
+            key = f"code-{kind}-{name}-{slug(what)}"
             accuracies = judged(c, key, victim, x, sets, count)
             row[what] = shown(accuracies)
         rows.append(row)

@@ -26,9 +26,9 @@ if not __package__:
 
 import torch
 
-import le
 import train
 from attacks import PROTECTIONS, publish
+from le import Sampler
 from perceptual import psnr
 from unet import BadInput
 from studies.ablation import by_pillow
@@ -38,7 +38,7 @@ from studies.replies import unshared
 from studies.run import (chosen, judged, networks, of_seed, opened, parser_of, print_table,
                          repaired, shown, slug, spread)
 from studies.untuned import protected_part
-from studies.variants import (NONE, by_detail, less_class_means, mixtures, scores_of_a_draw,
+from studies.variants import (NONE, DetailSampler, less_class_means, mixtures, scores_of_a_draw,
                               share_left)
 
 
@@ -49,10 +49,9 @@ def taught(c, sets, name, what, images, count):
     return shown(spread(c, train.kind_of(c, name), f"{name}-{what}", images, sets, count))
 
 
-def purified(c, name, what, ue, pair, sampler=None, purifier=le.purify):
+def purified(c, name, what, ue, pair, sampler=None):
     """LEs of UEs, by the run's sampler or another."""
-    sampler = sampler or le.Sampler(**c.sampler)
-    return repaired(c, f"{name}-{what}", *pair, ue, sampler, purifier)
+    return repaired(c, f"{name}-{what}", *pair, ue, sampler or Sampler(**c.sampler))
 
 
 def named(label, plain, ending):
@@ -200,22 +199,22 @@ def student(c, sets, pair, count, only=None, protection="em-class"):
 
 def smooth(c, sets, pair, count, only=None):
     """Which sampler undoes noise that all images share, and what does it cost the other kinds?"""
-    ours = le.Sampler(**c.sampler)
+    ours = Sampler(**c.sampler)
     top = c.ddpm["levels"]
     samplers = {
-        "as it is": (ours, le.purify),
-        "without what is smooth": (ours, by_detail),
-        f"level {top}": (replace(ours, t_star=top), le.purify),
-        "the mean first": (ours, le.purify)}
+        "as it is": ours,
+        "without what is smooth": DetailSampler(**c.sampler),
+        f"level {top}": replace(ours, t_star=top),
+        "the mean first": ours}
     rows = []
-    for label, (sampler, purifier) in chosen(samplers, only).items():
+    for label, sampler in chosen(samplers, only).items():
         row = {"LEs by": label}
         for name in c.protections:
             ue = train.protect(c, name, sets)
             if label == "the mean first":
                 ue = unshared(ue, sets["unprotected"][0])
             what = named(label, "as it is", "le")
-            learnable = purified(c, name, what, ue, pair, sampler, purifier)
+            learnable = purified(c, name, what, ue, pair, sampler)
             row[name] = taught(c, sets, name, what, learnable, count)
         rows.append(row)
     return rows

@@ -2,7 +2,6 @@
 with the others."""
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,13 @@ from PIL import Image, JpegImagePlugin
 
 import le
 from attacks import publish
-from le import Sampler, purify
+from le import purify
 from studies import formats, guessed, variants
 from studies.ablation import by_pillow
 from studies.formats import FORMATS
 from test_le import (SMALL, TINY, awake, close, configured, images, refusal, same, seeded, silent,
                      small_run)
-from unet import DEVICE, UNet
+from unet import UNet
 
 # -- Images ----------------------------------------------------------------------------------------
 
@@ -134,49 +133,37 @@ def test_scores_of_a_draw_are_of_the_image_by_any_of_its_draws():
     assert not torch.equal(*drawn)                         # another one whenever it is seen
 
 
-def test_detail_by_hand():
+def test_seen_by_a_detail_sampler_by_hand():
     x = torch.tensor([[1.0, 2.0, 5.0, 5.0], [3.0, 6.0, 5.0, 5.0]]).expand(1, 3, 2, 4).clone()
     x[:, 0] += 3                                           # colour alone
     x[:, 1] -= 3
     expected = torch.tensor([[-2.0, -1.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])
-    close(variants.detail(x, 2), expected.expand(1, 3, 2, 4))
-    close(variants.detail(x, 0), x.mean(1, keepdim=True).expand_as(x))
+    close(variants.DetailSampler(smooth=2).seen(x), expected.expand(1, 3, 2, 4))
 
 
-@pytest.mark.parametrize("smooth", [0, 4])
-def test_detail_is_a_projection(smooth):
+DETAIL = variants.DetailSampler(t_star=12, rounds=2, steps=3, pixel_weight=1e4, pixel_above=0,
+                                perceptual_weight=0.0)
+
+
+def test_seen_by_a_detail_sampler_is_a_symmetric_projection():
     x, y = torch.randn(2, 3, 8, 8).double(), torch.randn(2, 3, 8, 8).double()
-    seen = partial(variants.detail, smooth=smooth)
-    close(seen(seen(x)), seen(x))
-    close((seen(x) * y).sum(), (x * seen(y)).sum())
+    close(DETAIL.seen(DETAIL.seen(x)), DETAIL.seen(x))
+    close((DETAIL.seen(x) * y).sum(), (x * DETAIL.seen(y)).sum())
 
 
-PIXELS = Sampler(t_star=12, rounds=2, steps=3, pixel_weight=1e4, pixel_above=0,
-                 perceptual_weight=0.0, compare="grey")
-
-
-def test_by_detail_of_all_grey_values_is_the_sampler(monkeypatch):
-    monkeypatch.setattr(le, "BATCH", 2)
-    net, x = awake(UNet(**TINY)).to(DEVICE), images(3)
-    made = variants.by_detail(net, None, x, PIXELS, [5, 6, 7], silent, smooth=0)
-    expected = purify(net, None, x, PIXELS, [5, 6, 7])
-    assert (made - expected).abs().max() <= 1 / 255        # sums in another order are rounded
-    assert (made != expected).float().mean() < 0.001
-
-
-def test_by_detail_pulls_by_the_gradient_of_the_distance_of_details(monkeypatch):
-    net, x, seen = awake(UNet(**TINY)), images(2), []
-    monkeypatch.setattr(variants.le, "joint_conditioned_mean",
+def test_purify_by_a_detail_sampler_pulls_by_the_gradient_of_the_distance_of_details(monkeypatch):
+    net, x, seen, x0s = awake(UNet(**TINY)), images(2), [], []
+    clean = le.posterior
+    monkeypatch.setattr(le, "joint_conditioned_mean",
                         lambda mean, var, t, gradient: seen.append((t, gradient)) or mean)
-    x0s, clean = [], variants.posterior
-    monkeypatch.setattr(variants, "posterior", lambda x0, xt, t, s: x0s.append(x0)
+    monkeypatch.setattr(le, "posterior", lambda x0, xt, t, s: x0s.append(x0)
                         or clean(x0, xt, t, s))
-    variants.by_detail(net, None, x, PIXELS, [0, 1])
+    purify(net, None, x, DETAIL)
     assert [t for t, _ in seen] == 2 * [12, 8]
     for x0, (t, gradient) in zip([x0s[0], x0s[1], x0s[3], x0s[4]], seen):
         x0 = x0.clone().requires_grad_()
-        apart = variants.detail(x0, 4) - variants.detail(2 * x - 1, 4)
-        distance = PIXELS.pixel_weight * apart.square().mean((1, 2, 3)).sum()
+        apart = DETAIL.seen(x0) - DETAIL.seen(2 * x - 1)
+        distance = DETAIL.pixel_weight * apart.square().mean((1, 2, 3)).sum()
         expected, = torch.autograd.grad(distance, x0)
         close(gradient, expected, atol=1e-4)
 
@@ -280,7 +267,7 @@ def test_main_smooth_gives_each_row_its_sampler(ask, watched):
     ask("smooth", "--protections", "em-class")
     ours = watched["em-class-le", 0]
     assert watched["em-class-level-100-le", 0][2].t_star == 100
-    assert watched["em-class-without-what-is-smooth-le", 0][3] is variants.by_detail
+    assert type(watched["em-class-without-what-is-smooth-le", 0][2]) is variants.DetailSampler
     assert (watched["em-class-the-mean-first-le", 0][0] != ours[0]).any()
 
 

@@ -1,13 +1,14 @@
 """What `python -m studies.guessed` makes of images, and of what a victim or a purifier sees.
 
-Only attacks, le and unet are imported, so that what these make is kept when the rest changes.
+Only attacks and le are imported, so that what these make is kept when the rest changes.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
-import le
 from attacks import Protection, publish
-from unet import as_bytes, as_float, posterior, predict_x0, q_sample, visited_levels
+from le import Sampler
 
 
 # -- Images ----------------------------------------------------------------------------------------
@@ -63,48 +64,15 @@ def scores_of_a_draw(net, x, labels, generator, scores):
 
 # -- What a purifier sees --------------------------------------------------------------------------
 
-def detail(x, smooth):
-    """Grey values of images (B, 3, H, W), as three channels, less their means over squares of
-    `smooth` pixels a side; of grey values as they are for 0."""
-    grey = x.mean(1, keepdim=True)
-    grey = grey.expand_as(x)
-    if not smooth:
-        return grey
-    means = F.avg_pool2d(grey, smooth)
-    means = means.repeat_interleave(smooth, 2)
-    means = means.repeat_interleave(smooth, 3)
-    return grey - means
+@dataclass(frozen=True)
+class DetailSampler(Sampler):
+    """A sampler whose distances see what is not smooth: grey values less their means over squares
+    of `smooth` pixels a side."""
+    smooth: int = 4
 
-
-def normal_like(x, noises):
-    """Normal noise for each of the images x, by a generator of its own."""
-    drawn = [torch.randn(x.shape[1:], generator=noise) for noise in noises]
-    return torch.stack(drawn).to(x)
-
-
-@torch.no_grad()
-def by_detail(net, distance, images, sampler, seeds, report=None, smooth=4):
-    """A purifier like `le.purify`, whose pixel distance, the only one, sees `detail`. This is a
-    projection, so that the gradient of its square is twice itself."""
-    visited = visited_levels(sampler.t_star, sampler.steps)
-    device = next(net.parameters()).device
-    made = []
-    for i in range(0, len(images), le.BATCH):
-        y = 2 * images[i:i + le.BATCH].to(device) - 1
-        noises = [torch.Generator().manual_seed(seed) for seed in seeds[i:i + le.BATCH]]
-        weight = 2 * sampler.pixel_weight / y[0].numel()
-        xt = y
-        for _ in range(sampler.rounds):
-            xt = q_sample(xt, sampler.t_star, normal_like(y, noises))
-            for t, s in zip(visited, visited[1:]):
-                x0 = predict_x0(xt, t, net(xt, t))
-                x0 = x0.clamp(-1, 1)
-                mean, var = posterior(x0, xt, t, s)
-                if s > 0:                                  # the last stride has no variance
-                    gradient = weight * detail(x0 - y, smooth)
-                    mean = le.joint_conditioned_mean(mean, var, t, gradient)
-                xt = mean + var.sqrt() * normal_like(y, noises)
-        made.append(as_float(as_bytes(xt / 2 + 0.5)).to(images))
-        if report:
-            report(i + len(y), len(images))
-    return torch.cat(made)
+    def seen(self, x):
+        grey = x.mean(1, keepdim=True)
+        means = F.avg_pool2d(grey, self.smooth)
+        means = means.repeat_interleave(self.smooth, 2)
+        means = means.repeat_interleave(self.smooth, 3)
+        return (grey - means).expand_as(x)
