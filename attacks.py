@@ -126,6 +126,7 @@ def min_min(images, labels, victim, *, shared="image", start=None, surrogates=1,
                 perturbation[used] = noise_step(perturbation[used], velocity[used], size, epsilon)
         if report:
             report(done + 1, total, loss=loss)
+    del velocity                                           # as large as all images, if each has one
     return publish(images, perturbation[rows])
 
 

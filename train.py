@@ -10,6 +10,7 @@ Read `story` first. What is in runs/ is made again only when what it depends on 
 import argparse
 import ast
 import copy
+import gc
 import inspect
 import json
 import math
@@ -704,6 +705,7 @@ def start_helpers(c, sets):
     many processes as threads. One thread makes a stage, so their number does not move numbers."""
     count = min(torch.get_num_threads() - 1, len(c.protections))
     torch.optim.SGD([torch.zeros(1)])                      # loads the compiler once, for all
+    gc.freeze()                                            # whose pages no collection then copies
     TEAM.store, fork = shared_store(), multiprocessing.get_context("fork").Process
     TEAM.helpers = [fork(name="helper", target=help_out, args=(c, sets, TEAM.store.port),
                          daemon=True) for _ in range(count)]
