@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# lightly 1.6.0, torch 2.13.0: knn_predict, by which encoders that learn without labels are watched, of features that are not of unit length.
+# lightly 1.6.0, torch 2.13.0: knn_predict, by which encoders that learn without labels are watched, of features as they are.
 #
 # GUESS: the same answers for features of unit length and for plain ones, or a little worse, since the neighbours are nearly the same.
-# BEHAVIOUR: the right class comes last, or nearly so. Weights are exp(similarity / 0.1), which is infinite from a similarity of 8.9 on, as features behind
-# a ReLU have it; a class among the neighbours then has infinity, and a class that is not among them 0 x infinity, which is NaN, and
-# NaN is sorted before infinity. So an encoder looks ruined, as by a protection, that a vote of the same neighbours finds 99 % right.
-# The documentation recommends to normalise, in an example, and the KNNClassifier of the same package has an option for it, normalize=False.
+# BEHAVIOUR: the right class comes last, or nearly so. Weights are exp(similarity / 0.1), which is infinite from a similarity of 8.9 on,
+# as features behind a ReLU have it; a class among the neighbours then has infinity, and a class that is not among them 0 x infinity,
+# which is NaN, and NaN is sorted before infinity. So an encoder looks ruined, as by a protection, that a vote of the same neighbours
+# finds 99 % right. The documentation recommends to normalise, in an example, and the KNNClassifier of the same package has an option for
+# it, normalize=False.
 # OUTPUT SEEN:
 #   lightly 1.6.0 torch 2.13.0+cpu
 #     features have a length of 11.6, on average

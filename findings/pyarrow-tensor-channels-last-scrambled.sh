@@ -4,9 +4,10 @@
 # GUESS: images N x 3 x 32 x 32, seen as N x 32 x 32 x 3, come back from pyarrow as they were, since the type keeps a permutation; other
 # readers of the file may see them in another order, or refuse.
 # BEHAVIOUR: they come back as N x 32 x 3 x 32, which is neither order, and of the 3072 values of an image 317 are given, up to eleven
-# times each, the others not at all. The column itself holds all of them, in the order of channels first; what is wrong is how they are read.
-# A contiguous copy comes back as it was, and so does a view whose permutation is its own inverse, such as height and width exchanged.
-# Nothing is said, from the array itself or through Parquet. Versions 18.1.0, 21.0.0 and 24.0.0 do the same; 15.0.2 refuses such a view.
+# times each, the others not at all. The column itself holds all of them, in the order of channels first; what is wrong is how they are
+# read. A contiguous copy comes back as it was, and so does a view whose permutation is its own inverse, such as height and width
+# exchanged. Nothing is said, from the array itself or through Parquet. Versions 18.1.0, 21.0.0 and 24.0.0 do the same; 15.0.2 refuses
+# such a view.
 # OUTPUT SEEN:
 #   pyarrow 26.0.1 numpy 2.4.6
 #     channels last, a view: (4, 32, 32, 3) comes back as (4, 32, 3, 32)
