@@ -32,7 +32,9 @@ from le import Sampler
 from perceptual import psnr
 from unet import BadInput
 from studies.ablation import by_pillow
+from studies.drawing import grid
 from studies.formats import FORMATS
+from studies.pictures import of_each_class
 from studies.prior import prior
 from studies.replies import unshared
 from studies.run import (chosen, judged, networks, of_seed, opened, parser_of, print_table,
@@ -113,17 +115,21 @@ def files(c, sets, pair, count, only=None, learnable=False):
 # -- Means, draws, mixtures ------------------------------------------------------------------------
 
 def means(c, sets, pair, count):
-    """Does it take a network to undo noise of a class? The mean of each class, taken away."""
-    labels = sets["protected"][1]
-    rows = []
+    """Does it take a network to undo noise of a class? The mean of each class, taken away; the
+    picture means.png in the run's folder shows it beside the noise, one class a column."""
+    clean, labels = sets["protected"]
+    rows, pictures = [], [("original", clean)]
     for name in c.protections:
         ue = train.protect(c, name, sets)
         row = {"protection": name, "UE": taught(c, sets, name, "ue", ue, count)}
+        pictures.append((f"noise of {name} x16", 0.5 + 16 * (ue - clean)))
         for most in (600, 60):
             what = f"less the means of {most}"
             images = less_class_means(ue, labels, *sets["unprotected"], most)
             row[what] = taught(c, sets, name, slug(what), images, count)
+            pictures.append((f"its means of {most} at most x16", 0.5 + 16 * (ue - images)))
         rows.append(row)
+    grid(c.run / "means.png", [(what, of_each_class(sets, images)) for what, images in pictures])
     return rows
 
 

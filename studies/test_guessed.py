@@ -224,12 +224,18 @@ def test_main_means_judges_what_less_class_means_makes(ask, monkeypatch):
         {key: x}) or torch.tensor([50.0]))
     monkeypatch.setattr(guessed, "less_class_means",
                         lambda x, labels, others, theirs, most: x * most)
+    monkeypatch.setattr(guessed, "grid", lambda path, rows: seen.update({path.name: rows}))
     said = ask("means", "--protections", "em-class", "--most", "3")
     assert "| em-class | 50.0 | 50.0 | 50.0 |" in said
     ue = seen["em-class-ue"]
     assert len(ue) == 3
     for most in (600, 60):
         same(seen[f"em-class-less-the-means-of-{most}"], most * ue)
+    (_, clean), (_, noise), (_, first), (text, last) = seen["means.png"]
+    close(noise, 0.5 + 16 * (ue - clean))                  # three images, of three classes
+    close(first, 0.5 - 16 * 599 * ue)
+    close(last, 0.5 - 16 * 59 * ue)
+    assert text == "its means of 60 at most x16"
 
 
 def test_main_draws_are_of_seeds_of_their_own(ask, watched, monkeypatch):
