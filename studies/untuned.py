@@ -53,12 +53,14 @@ def others(c, sets, count, most=3000):
 
 
 def mend(c, sets, count, most=3000):
-    """What would undo targeted poisons, and what does it cost where nothing had to be mended?"""
+    """What would undo targeted poisons, and what does it cost where nothing had to be mended? Or
+    others, which --protections names.
+    """
     c.evaluate = "validation"
     clean, sets = protected_part(sets, most)
     net, distance = networks(c, sets)
     cases = {"clean": ([clean], net)}
-    for name in ("patches", "targeted"):
+    for name in [name for name in OTHERS if name in c.protections] or ("patches", "targeted"):
         cases[name] = [train.protect(c, name, sets)], net
     ours = le.Sampler(**c.sampler)
     samplers = {
