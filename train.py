@@ -518,12 +518,9 @@ class Inputs(pickle.Pickler):
 
 def hashes(inputs):
     """{input or file: hash} of a result's inputs and of the files that their code is in."""
-    found, modules = {}, set()
-    for key, value in inputs.items():
-        seen = Inputs(value)
-        found[key] = seen.hash.hexdigest()
-        modules |= seen.modules
-    return found | files_of(modules)
+    seen = {key: Inputs(value) for key, value in inputs.items()}
+    modules = set().union(*[one.modules for one in seen.values()])
+    return {key: one.hash.hexdigest() for key, one in seen.items()} | files_of(modules)
 
 
 def kept(path, parts):
