@@ -486,10 +486,10 @@ def files_of(modules):
 
 
 class Inputs(pickle.Pickler):
-    """Hashes what pickle would write of an input, and collects the modules that its code is in."""
+    """Hashes what pickle would write of an input, and adds the modules that its code is in."""
 
-    def __init__(self, value):
-        self.hash, self.modules = sha256(), set()
+    def __init__(self, value, modules):
+        self.hash, self.modules = sha256(), modules
         super().__init__(SimpleNamespace(write=self.hash.update), protocol=4)
         self.fast = True                                   # equal is equal, the same object or not
         self.dump(value)
@@ -518,9 +518,9 @@ class Inputs(pickle.Pickler):
 
 def hashes(inputs):
     """{input or file: hash} of a result's inputs and of the files that their code is in."""
-    seen = {key: Inputs(value) for key, value in inputs.items()}
-    modules = set().union(*[one.modules for one in seen.values()])
-    return {key: one.hash.hexdigest() for key, one in seen.items()} | files_of(modules)
+    modules = set()
+    found = {key: Inputs(value, modules).hash.hexdigest() for key, value in inputs.items()}
+    return found | files_of(modules)
 
 
 def kept(path, parts):

@@ -34,7 +34,7 @@ from unet import BadInput
 from studies.ablation import by_pillow
 from studies.drawing import grid
 from studies.formats import FORMATS
-from studies.pictures import of_each_class
+from studies.pictures import of_each_class, visible
 from studies.prior import prior
 from studies.replies import unshared
 from studies.run import (chosen, judged, networks, of_seed, opened, parser_of, print_table,
@@ -122,12 +122,12 @@ def means(c, sets, pair, count):
     for name in c.protections:
         ue = train.protect(c, name, sets)
         row = {"protection": name, "UE": taught(c, sets, name, "ue", ue, count)}
-        pictures.append((f"noise of {name} x16", 0.5 + 16 * (ue - clean)))
+        pictures.append((f"noise of {name} x16", visible(ue - clean)))
         for most in (600, 60):
             what = f"less the means of {most}"
             images = less_class_means(ue, labels, *sets["unprotected"], most)
             row[what] = taught(c, sets, name, slug(what), images, count)
-            pictures.append((f"its means of {most} at most x16", 0.5 + 16 * (ue - images)))
+            pictures.append((f"its means of {most} at most x16", visible(ue - images)))
         rows.append(row)
     grid(c.run / "means.png", [(what, of_each_class(sets, images)) for what, images in pictures])
     return rows

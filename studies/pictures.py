@@ -40,6 +40,11 @@ def of_each_class(sets, images):
     return images[first_of_each(sets["protected"][1])]
 
 
+def visible(change):
+    """What was added to images or taken away, x16, on grey."""
+    return 0.5 + 16 * change
+
+
 def side_by_side(sets, pictures):
     """[(what, images (K, 3, H, W))]: the original of each class; then, of each protection in
     {name: (UEs, LEs)}, the UEs, their noise x16, and the LEs."""
@@ -47,7 +52,7 @@ def side_by_side(sets, pictures):
     rows = [("original", originals)]
     for name, (ue, learnable) in pictures.items():
         rows.append((f"{name} UE", ue))
-        rows.append(("its noise x16", 0.5 + 16 * (ue - originals)))
+        rows.append(("its noise x16", visible(ue - originals)))
         rows.append((f"{name} LE", learnable))
     return rows
 

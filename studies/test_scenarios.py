@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from attacks import EPSILON, publish
 from le import Sampler
 from studies import ablation, handout, labels, pictures, plane, protections, purifiers
 from studies import purify as own_images
-from studies import replies, scenarios, slide
+from studies import replies, scenarios, slide, untuned
 from test_le import SMALL, TINY, awake, images, refusal, same, seeded, silent, small_run
 from unet import DEVICE, UNet, on_device
 
@@ -105,6 +106,13 @@ def test_main_scenarios_all_asks_each_with_settings_of_its_own(tmp_path, small_r
     for name in questions:
         assert json.loads((run / f"{name}.json").read_text())
         assert Image.open(run / f"{name}.png").width > 300
+
+
+@pytest.mark.parametrize("protections, expected", [
+    ("em-class,convolved,patches", ["patches", "convolved"]), ("em-class", "default")])
+def test_asked_for_are_the_others_that_are_named_or_the_default(protections, expected):
+    c = SimpleNamespace(protections=protections.split(","))
+    assert untuned.asked_for(c, "default") == expected
 
 
 def test_convolved_filters_every_channel_and_image_of_a_class_alike():

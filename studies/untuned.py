@@ -16,6 +16,11 @@ def protected_part(sets, most):
     return images, sets | {"protected": (images, labels)}
 
 
+def asked_for(c, default):
+    """Those of OTHERS that --protections names; the default, if it names none of them."""
+    return [name for name in OTHERS if name in c.protections] or default
+
+
 def others(c, sets, count, most=3000):
     """What undoes protections for which nothing was tuned? What needs no network; our sampler, as
     it is and with one thing changed; the released one, which takes its time, so for `most` images.
@@ -35,7 +40,7 @@ def others(c, sets, count, most=3000):
         "released, 36 levels": released}
     purified_clean = repaired(c, "others-clean-images", net, distance, clean, ours)
     rows = {}
-    for name in [name for name in OTHERS if name in c.protections] or OTHERS:
+    for name in asked_for(c, OTHERS):
         kind = train.kind_of(c, name)
         ue = train.protect(c, name, sets)
         found = {"clean": clean, "clean, purified": purified_clean, "UE": ue}
@@ -60,7 +65,7 @@ def mend(c, sets, count, most=3000):
     clean, sets = protected_part(sets, most)
     net, distance = networks(c, sets)
     cases = {"clean": ([clean], net)}
-    for name in [name for name in OTHERS if name in c.protections] or ("patches", "targeted"):
+    for name in asked_for(c, ("patches", "targeted")):
         cases[name] = [train.protect(c, name, sets)], net
     ours = le.Sampler(**c.sampler)
     samplers = {
